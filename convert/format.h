@@ -1,0 +1,204 @@
+// The .r1 file: one flat, little-endian binary that holds a whole model. docs/format.md tells it byte by byte.
+//
+//   preamble    64 bytes: magic, version, where each section lies, a checksum over everything but the tensor data
+//   config      struct ModelConfig
+//   tokenizer   bytes that tokenizer.c writes and reads
+//   table       tensor_count x struct TensorEntry
+//   data        every tensor at a multiple of 4096 bytes
+//
+// This header is the only one that the converter (convert/) and the engine (r1.c) share.
+#ifndef R1_FORMAT_H
+#define R1_FORMAT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "r1.c reads little-endian files in place and needs a little-endian processor"
+#endif
+
+// The last four bytes show whether the file was mangled as text on its way.
+#define FORMAT_MAGIC "r1.c\r\n\x1a\n"
+#define FORMAT_VERSION 1
+#define FORMAT_PAGE 4096          // alignment of every tensor, and of every expert inside one
+
+struct FilePreamble {
+    char magic[8];                // FORMAT_MAGIC without its terminating zero
+    uint32_t version;             // FORMAT_VERSION
+    uint32_t config_bytes;        // sizeof(struct ModelConfig); the config stands right behind the preamble
+    uint64_t tokenizer_offset;    // from the start of the file
+    uint64_t tokenizer_bytes;
+    uint64_t table_offset;
+    uint32_t tensor_count;        // 0 in a file made with --tokenizer-only
+    uint32_t reserved;            // 0
+    uint64_t file_bytes;          // the size of the whole file
+    uint64_t metadata_hash;       // XXH3-64 of bytes [0, 56) followed by [64, end of the table)
+};
+
+enum Architecture { ARCH_DEEPSEEK_V3 = 1, ARCH_QWEN2, ARCH_LLAMA, ARCH_QWEN3 };
+enum RopeScaling { ROPE_PLAIN = 0, ROPE_YARN, ROPE_LLAMA3 };
+
+// Names and meanings are those of Hugging Face's config.json. Fields that an architecture does not have are 0.
+struct ModelConfig {
+    uint32_t architecture;        // enum Architecture
+    uint32_t recipe;              // enum Dtype of --type, or RECIPE_SOURCE: for display only
+    uint32_t hidden_size;
+    uint32_t intermediate_size;   // of a dense feed-forward layer
+    uint32_t num_hidden_layers;   // without the MTP layers
+    uint32_t num_attention_heads;
+    uint32_t num_key_value_heads;
+    uint32_t head_dim;            // of a GQA head; 0 for deepseek_v3
+    uint32_t vocab_size;          // rows of the embedding (may exceed the tokenizer's ids)
+    uint32_t max_position_embeddings;
+    uint32_t tie_word_embeddings; // 0 or 1: the head is the embedding
+    uint32_t attention_bias;      // 0 or 1: q, k and v carry a bias (qwen2)
+    uint32_t qk_norm;             // 0 or 1: RMSNorm on every head of q and k (qwen3)
+    uint32_t q_lora_rank;         // 0: q_proj is one full matrix
+    uint32_t kv_lora_rank;
+    uint32_t qk_nope_head_dim;
+    uint32_t qk_rope_head_dim;
+    uint32_t v_head_dim;
+    uint32_t n_routed_experts;    // 0: every layer is dense
+    uint32_t n_shared_experts;
+    uint32_t num_experts_per_tok;
+    uint32_t moe_intermediate_size;
+    uint32_t first_k_dense_replace;
+    uint32_t n_group;
+    uint32_t topk_group;
+    uint32_t norm_topk_prob;      // 0 or 1
+    uint32_t num_nextn_predict_layers; // MTP layers in the file: layers num_hidden_layers and up
+    uint32_t rope_scaling;        // enum RopeScaling
+    uint32_t rope_original_max_position_embeddings;
+    uint32_t reserved;            // 0
+    double rms_norm_eps;
+    double rope_theta;
+    double routed_scaling_factor;
+    double rope_factor;           // yarn, llama3
+    double rope_beta_fast;        // yarn
+    double rope_beta_slow;        // yarn
+    double rope_mscale;           // yarn: 0 where config.json has none
+    double rope_mscale_all_dim;   // yarn: 0 where config.json has none
+    double rope_attn_factor;      // yarn: 1 where config.json has none
+    double rope_low_freq_factor;  // llama3
+    double rope_high_freq_factor; // llama3
+};
+
+enum Dtype { DTYPE_F32 = 1, DTYPE_BF16, DTYPE_F8, DTYPE_Q8, DTYPE_Q4, DTYPE_COUNT };
+#define RECIPE_SOURCE 0
+
+static inline const char *dtype_name(uint32_t dtype) {
+    static const char *const names[DTYPE_COUNT] = {"source", "f32", "bf16", "f8", "q8", "q4"};
+    return dtype < DTYPE_COUNT ? names[dtype] : "unknown";
+}
+
+#define ENTRY_MAX_PARTS 3
+
+// A tensor is `experts` blobs of `stride` bytes, each of `parts` matrices one behind the other (each part starts at a
+// multiple of 64). Most have one blob of one part. A feed-forward network is a blob of three parts: gate, up, down; the
+// routed experts of a layer are n_routed_experts such blobs; the per-head factors of MLA are num_attention_heads blobs.
+//
+//   model.embed_tokens.weight [vocab, hidden]    model.norm.weight (vector)    lm_head.weight (absent when tied)
+//   model.layers.L. input_layernorm.weight, post_attention_layernorm.weight (vectors)
+//     self_attn.    GQA: q_proj.weight k_proj.weight v_proj.weight o_proj.weight, vectors q_proj.bias k_proj.bias
+//                   v_proj.bias (qwen2), q_norm.weight k_norm.weight (qwen3)
+//                   MLA: q_proj.weight, or q_a_proj.weight q_a_layernorm.weight q_b_proj.weight; kv_a_proj_with_mqa.weight
+//                   kv_a_layernorm.weight o_proj.weight, and kv_b_proj cut into its factors, one blob a head:
+//                   kv_b_proj.key            [qk_nope_head_dim, kv_lora_rank]   expands a latent to the keys
+//                   kv_b_proj.key_transposed [kv_lora_rank, qk_nope_head_dim]   the same numbers: absorbs a query
+//                   kv_b_proj.value          [v_head_dim, kv_lora_rank]
+//     mlp                  (gate, up, down)  a dense layer
+//     mlp.gate.weight      [n_routed_experts, hidden] f32, mlp.gate.e_score_correction_bias (vector)
+//     mlp.experts          (gate, up, down)  n_routed_experts blobs
+//     mlp.shared_experts   (gate, up, down)
+//   MTP layers add enorm.weight hnorm.weight shared_head.norm.weight (vectors), eh_proj.weight [hidden, 2 hidden], and
+//     embed_tokens.weight, shared_head.head.weight where they differ from the main model's.
+struct TensorEntry {
+    char name[64];                // zero-terminated, the rest zero
+    uint16_t parts;               // 1 or 3
+    uint16_t is_vector;           // 1: rows = 1, plain floats, not panels (norms, biases)
+    uint32_t dtype[ENTRY_MAX_PARTS];  // enum Dtype; 0 beyond parts, as are rows and cols
+    uint64_t rows[ENTRY_MAX_PARTS];
+    uint64_t cols[ENTRY_MAX_PARTS];
+    uint64_t experts;             // blobs; 1 unless told otherwise above
+    uint64_t stride;              // bytes of a blob: blob_bytes()
+    uint64_t offset;              // of the data, from the start of the file, a multiple of FORMAT_PAGE
+    uint64_t bytes;               // experts * stride
+    uint64_t hash;                // XXH3-64 of these bytes
+};
+
+// ---- how a matrix lies in memory
+//
+// Panels of 32 rows (the last one padded with zero rows), each panel one sequential stream over the columns in k-blocks
+// of 256 columns (the last may be any multiple of 32). With r the row in the panel, k the column in the block:
+//
+//   f32   [k][32]            float                                       no head
+//   bf16  [k/2][32][2]       upper half of a float                       no head
+//   f8    [k/4][32][4]       E4M3     block head: float scale[8], one for each 32 columns, then 32 zero bytes
+//   q8    [k/4][32][4]       int8     block head: float scale[32], one a row; value = scale * int8
+//   q4    [k/8][32][4]       byte j of the 4: low nibble column 8i + j, high nibble column 8i + 4 + j
+//                            panel head: float scale[32], one a row
+//                            block head: uint8 sub[k-block / 32][32], one for each 32 columns and row;
+//                            value = scale * (int8)(sub & 0xfe) * (Q4_TABLE[nibble] + (sub & 1 ? Q4_SHIFT : 0))
+//
+// The columns of every matrix are a multiple of 32. Stored int8 and table values stay in -127..127.
+#define PANEL_ROWS 32
+#define K_BLOCK 256
+#define K_GROUP 32                // columns under one f8 scale, one q4 sub-scale; every column count is a multiple of it
+
+#define Q4_SHIFT 7
+// Denser near zero, where most weights are. Table and shift were fitted together (Lloyd's iteration around the converter's own
+// search) to rows of 4096 normal and Student-t(5) weights.
+static const int8_t Q4_TABLE[16] = {-127, -91, -71, -56, -42, -31, -20, -10, 0, 10, 21, 33, 46, 61, 80, 101};
+
+// Bytes in front of the first k-block of a panel.
+static inline uint64_t panel_head_bytes(uint32_t dtype) { return dtype == DTYPE_Q4 ? PANEL_ROWS * 4 : 0; }
+
+// Bytes in front of the values of a k-block of k columns (k a multiple of 32, at most 256).
+static inline uint64_t block_head_bytes(uint32_t dtype, uint64_t k) {
+    switch (dtype) {
+    case DTYPE_F8: return 64;
+    case DTYPE_Q8: return PANEL_ROWS * 4;
+    case DTYPE_Q4: return k / K_GROUP * PANEL_ROWS;
+    default: return 0;
+    }
+}
+
+// Bytes of k columns of 32 rows, without heads.
+static inline uint64_t value_bytes(uint32_t dtype, uint64_t k) {
+    switch (dtype) {
+    case DTYPE_F32: return k * PANEL_ROWS * 4;
+    case DTYPE_BF16: return k * PANEL_ROWS * 2;
+    case DTYPE_F8: case DTYPE_Q8: return k * PANEL_ROWS;
+    case DTYPE_Q4: return k * PANEL_ROWS / 2;
+    default: return 0;
+    }
+}
+
+static inline uint64_t panel_bytes(uint32_t dtype, uint64_t cols) {
+    uint64_t full = cols / K_BLOCK, rest = cols % K_BLOCK;
+    return panel_head_bytes(dtype) + full * block_head_bytes(dtype, K_BLOCK) + (rest ? block_head_bytes(dtype, rest) : 0) +
+           value_bytes(dtype, cols);
+}
+
+// Bytes of a matrix, a multiple of 32. The caller has checked that rows and cols are below 2^32 and cols a multiple of 32.
+static inline uint64_t matrix_bytes(uint32_t dtype, uint64_t rows, uint64_t cols) {
+    return (rows + PANEL_ROWS - 1) / PANEL_ROWS * panel_bytes(dtype, cols);
+}
+
+static inline uint64_t align_up(uint64_t value, uint64_t step) { return (value + step - 1) / step * step; }
+
+// Where part `part` starts inside a blob; with part == entry->parts, where the last one ends.
+static inline uint64_t part_offset(const struct TensorEntry *entry, unsigned part) {
+    if (entry->is_vector) return part ? align_up(entry->cols[0] * 4, 64) : 0;
+    uint64_t offset = 0;
+    for (unsigned i = 0; i < part; i++) offset += align_up(matrix_bytes(entry->dtype[i], entry->rows[i], entry->cols[i]), 64);
+    return offset;
+}
+
+// Bytes of one blob. An expert starts on a page of its own, so that one read brings it in.
+static inline uint64_t blob_bytes(const struct TensorEntry *entry) {
+    uint64_t bytes = part_offset(entry, entry->parts);
+    return entry->parts == 3 && entry->experts > 1 ? align_up(bytes, FORMAT_PAGE) : bytes;
+}
+
+#endif
