@@ -2361,3 +2361,2575 @@ static uint32_t sample_token(struct Sampler *sampler, const float *logits) {
     return end ? sampler->candidates[end - 1].token : best;
 }
 
+// ====================================================================================================================
+// Options
+//
+// One table says which options there are, what values they take, which commands know them and what the help says of them.
+// Parsing fills a struct Command; every value is checked here, so that the commands meet none that is out of range.
+// ====================================================================================================================
+
+#define DEFAULT_MAX_TOKENS 32768  // the model card's
+#define NOT_GIVEN UINT64_MAX      // of an option whose default depends on the model, or that has none
+
+// A list of whole numbers, as --prefill 128,512 gives it.
+struct CountList {
+    uint64_t *values;
+    size_t count;
+    bool all;                     // the word "all" instead of numbers
+};
+
+enum Color { COLOR_AUTO, COLOR_ALWAYS, COLOR_NEVER };
+
+// One command line. The numbers are uint64_t throughout, since the table below reaches them by their offset.
+struct Command {
+    const struct CommandKind *kind;
+    const char *arguments[2];     // MODEL and what follows it; NULL where absent
+    size_t argument_count;
+    uint64_t threads, batch, context;
+    uint64_t cache;               // enum CacheType
+    const char *isa;
+    uint64_t max_tokens, top_k, seed, think_budget;
+    double temperature, top_p, min_p;
+    bool no_think, hide_thinking;
+    bool json, quiet;
+    uint64_t color;               // enum Color
+    const char *ids;              // a file; NULL where absent, as are the next two
+    const char *save_base, *kld;
+    uint64_t greedy;
+    struct CountList logits, experts;
+    bool argmax;
+    struct CountList prefill, depth;
+    uint64_t decode, layers;
+    bool uniform;
+    bool markup, decode_ids, hex, chat, ids_only;
+    bool verify;
+    bool help;
+    // What main() has started, for the commands that compute.
+    struct Team *team;
+    const struct Kernels *kernels;
+};
+
+enum { RUN = 1, BENCH = 2, PERPLEXITY = 4, INSPECT = 8, TOKENIZE = 16, LOGITS = 32, ALL_COMMANDS = 63 };
+
+struct CommandKind {
+    const char *name;
+    unsigned bit;                 // of the enum above
+    const char *arguments;        // as the help shows them
+    size_t least_arguments, most_arguments;
+    int (*function)(struct Command *command);
+    bool computes;                // needs threads and kernels
+    const char *summary;          // one line for `r1 --help`
+    const char *details;          // lines for `r1 COMMAND --help`: more to know, and examples
+};
+
+enum OptionKind {
+    OPTION_FLAG,                  // no value
+    OPTION_COUNT,                 // a whole number
+    OPTION_NUMBER,
+    OPTION_WORD,                  // one of words[0..most]
+    OPTION_TEXT,
+    OPTION_COUNTS,                // whole numbers joined by commas
+    OPTION_COUNTS_OR_ALL,
+};
+
+struct Option {
+    const char *name;
+    char letter;                  // of the short form, or 0
+    unsigned commands;            // that know it
+    enum OptionKind kind;
+    size_t field;                 // its offset in struct Command
+    double least, most;
+    const char *const *words;
+    const char *topic;            // its heading in the help
+    const char *value;            // what the help calls its value
+    const char *help;
+};
+
+static const char *const color_words[] = {"auto", "always", "never"};
+
+#define FIELD(name) offsetof(struct Command, name)
+#define COMPUTING (RUN | BENCH | PERPLEXITY | LOGITS)
+static const struct Option options[] = {
+    {"max-tokens", 'n', RUN, OPTION_COUNT, FIELD(max_tokens), 1, 1 << 24, NULL, "Length", "N", "end after N tokens (32768)"},
+    {"context", 'c', RUN | PERPLEXITY | INSPECT, OPTION_COUNT, FIELD(context), 1, 1 << 24, NULL, "Length", "N",
+     "room for N tokens, prompt and output together"},
+    {"temperature", 0, RUN, OPTION_NUMBER, FIELD(temperature), 0, 100, NULL, "Sampling", "X",
+     "how freely tokens are drawn; 0 always takes the likeliest (0.6)"},
+    {"top-p", 0, RUN, OPTION_NUMBER, FIELD(top_p), 0, 1, NULL, "Sampling", "X",
+     "only the likeliest tokens that sum to X (0.95; 1: off)"},
+    {"top-k", 0, RUN, OPTION_COUNT, FIELD(top_k), 0, MAX_VOCAB, NULL, "Sampling", "N", "only the N likeliest tokens (0: off)"},
+    {"min-p", 0, RUN, OPTION_NUMBER, FIELD(min_p), 0, 1, NULL, "Sampling", "X",
+     "only tokens at least X times as likely as the likeliest (0: off)"},
+    {"seed", 0, RUN, OPTION_COUNT, FIELD(seed), 0, 0x1p63, NULL, "Sampling", "N", "the same seed gives the same text again"},
+    {"no-think", 0, RUN, OPTION_FLAG, FIELD(no_think), 0, 0, NULL, "Thinking", NULL, "answer at once"},
+    {"think-budget", 0, RUN, OPTION_COUNT, FIELD(think_budget), 0, 1 << 24, NULL, "Thinking", "N",
+     "end the thinking after N tokens and have the answer written"},
+    {"hide-thinking", 0, RUN, OPTION_FLAG, FIELD(hide_thinking), 0, 0, NULL, "Thinking", NULL, "show the answer alone"},
+    {"ids", 0, PERPLEXITY | LOGITS, OPTION_TEXT, FIELD(ids), 0, 0, NULL, "Input", "FILE",
+     "token ids separated by white space, not text"},
+    {"save-base", 0, PERPLEXITY, OPTION_TEXT, FIELD(save_base), 0, 0, NULL, "Divergence", "FILE",
+     "keep this model's predictions as the base for --kld"},
+    {"kld", 0, PERPLEXITY, OPTION_TEXT, FIELD(kld), 0, 0, NULL, "Divergence", "FILE", "KL divergence from the predictions in FILE"},
+    {"greedy", 0, LOGITS, OPTION_COUNT, FIELD(greedy), 0, 1 << 24, NULL, "Output", "N", "go on for N tokens, always the likeliest"},
+    {"argmax", 0, LOGITS, OPTION_FLAG, FIELD(argmax), 0, 0, NULL, "Output", NULL, "the likeliest next token of every position"},
+    {"logits", 0, LOGITS, OPTION_COUNTS_OR_ALL, FIELD(logits), 0, 1 << 25, NULL, "Output", "POS,..",
+     "the whole vocabulary's logits at these positions, or at all"},
+    {"experts", 0, LOGITS, OPTION_COUNTS, FIELD(experts), 0, 1 << 25, NULL, "Output", "POS,..", "experts and weights at these positions"},
+    {"prefill", 0, BENCH, OPTION_COUNTS, FIELD(prefill), 0, 1 << 24, NULL, "What is measured", "N,..", "reading prompts of N tokens (512)"},
+    {"decode", 0, BENCH, OPTION_COUNT, FIELD(decode), 0, 1 << 24, NULL, "What is measured", "N", "writing N tokens (64)"},
+    {"depth", 0, BENCH, OPTION_COUNTS, FIELD(depth), 0, 1 << 24, NULL, "What is measured", "N,..",
+     "with N tokens in the cache already (0)"},
+    {"layers", 0, BENCH, OPTION_COUNT, FIELD(layers), 1, MAX_LAYERS, NULL, "What is measured", "N", "the first N layers of a shape"},
+    {"uniform", 0, BENCH, OPTION_FLAG, FIELD(uniform), 0, 0, NULL, "What is measured", NULL,
+     "a shape with every matrix at TYPE, not mixed as r1-convert does"},
+    {"markup", 0, TOKENIZE, OPTION_FLAG, FIELD(markup), 0, 0, NULL, "Input", NULL, "special tokens in the text count as such"},
+    {"chat", 0, TOKENIZE, OPTION_FLAG, FIELD(chat), 0, 0, NULL, "Input", NULL,
+     "a line is a JSON array of {\"role\", \"content\"}: the prompt's ids"},
+    {"decode", 0, TOKENIZE, OPTION_FLAG, FIELD(decode_ids), 0, 0, NULL, "Input", NULL, "a line is ids: their text"},
+    {"hex", 0, TOKENIZE, OPTION_FLAG, FIELD(hex), 0, 0, NULL, "Input", NULL,
+     "text, in or out, is written as the hexadecimal of its bytes"},
+    {"ids-only", 0, TOKENIZE, OPTION_FLAG, FIELD(ids_only), 0, 0, NULL, "Output", NULL,
+     "ids without their pieces (the default into a pipe)"},
+    {"verify", 0, INSPECT, OPTION_FLAG, FIELD(verify), 0, 0, NULL, "Output", NULL, "read every tensor and compare its checksum"},
+    {"json", 0, BENCH | INSPECT | PERPLEXITY, OPTION_FLAG, FIELD(json), 0, 0, NULL, "Output", NULL, "one JSON object"},
+    {"color", 0, RUN, OPTION_WORD, FIELD(color), 0, COLOR_NEVER, color_words, "Output", "WHEN", "auto, always or never dim the thinking"},
+    {"quiet", 'q', ALL_COMMANDS, OPTION_FLAG, FIELD(quiet), 0, 0, NULL, "Output", NULL, "no progress, remarks and statistics"},
+    {"threads", 't', COMPUTING | INSPECT, OPTION_COUNT, FIELD(threads), 1, MAX_THREADS, NULL, "Machine", "N",
+     "threads (as many as there are physical cores)"},
+    {"batch", 0, COMPUTING | INSPECT, OPTION_COUNT, FIELD(batch), 1, MAX_BATCH, NULL, "Machine", "N",
+     "tokens of a prompt read at once (512; 2048 with experts)"},
+    {"kv", 0, COMPUTING | INSPECT, OPTION_WORD, FIELD(cache), 0, CACHE_Q8, cache_names, "Machine", "TYPE",
+     "f32, f16 or q8: how the cache is kept (f16)"},
+    {"isa", 0, COMPUTING, OPTION_TEXT, FIELD(isa), 0, 0, NULL, "Machine", "NAME",
+     "auto, portable, avx2, avxvnni, avx512 or neon instructions"},
+    {"help", 'h', ALL_COMMANDS, OPTION_FLAG, FIELD(help), 0, 0, NULL, "Machine", NULL, "this text"},
+};
+#undef FIELD
+#define OPTION_TOTAL (sizeof options / sizeof *options)
+
+static void print_command_help(const struct CommandKind *kind) {
+    printf("Usage: r1 %s %s\n\n%s\n", kind->name, kind->arguments, kind->details);
+    bool printed[OPTION_TOTAL] = {false};
+    for (size_t first = 0; first < OPTION_TOTAL; first++) {
+        if (printed[first] || !(options[first].commands & kind->bit)) continue;
+        printf("\n%s\n", options[first].topic);
+        for (size_t i = first; i < OPTION_TOTAL; i++) {
+            const struct Option *option = &options[i];
+            if (printed[i] || !(option->commands & kind->bit) || strcmp(option->topic, options[first].topic) != 0) continue;
+            char left[64], letter[8] = "    ";
+            if (option->letter) snprintf(letter, sizeof letter, "-%c, ", option->letter);
+            snprintf(left, sizeof left, "%s--%s%s%s", letter, option->name, option->value ? " " : "", option->value ? option->value : "");
+            printf("  %-26s %s\n", left, option->help);
+            printed[i] = true;
+        }
+    }
+}
+
+// Ends the program with status 2.
+static _Noreturn __attribute__((format(printf, 2, 3))) void wrong_usage(const struct Command *command, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "r1: %s: ", command->kind->name);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, " (r1 %s --help tells more)\n", command->kind->name);
+    va_end(args);
+    exit(2);
+}
+
+// Digits only; false for anything else and for what 64 bits do not hold.
+static bool parse_count(const char *text, size_t length, uint64_t *value) {
+    *value = 0;
+    for (size_t i = 0; i < length; i++) {
+        unsigned digit = (unsigned char)text[i] - (unsigned)'0';
+        if (digit > 9 || *value > (UINT64_MAX - digit) / 10) return false;
+        *value = *value * 10 + digit;
+    }
+    return length > 0;
+}
+
+static void parse_counts(const struct Command *command, const struct Option *option, const char *text, struct CountList *list) {
+    free(list->values);
+    *list = (struct CountList){.all = option->kind == OPTION_COUNTS_OR_ALL && strcmp(text, "all") == 0};
+    if (list->all) return;
+    list->values = allocate((strlen(text) / 2 + 1) * sizeof *list->values);
+    for (const char *item = text;; item++) {
+        size_t length = strcspn(item, ",");
+        uint64_t value;
+        if (!parse_count(item, length, &value) || (double)value < option->least || (double)value > option->most)
+            wrong_usage(command, "--%s: '%.*s' is not a whole number from %.0f to %.0f", option->name, (int)min_size(length, 40), item,
+                        option->least, option->most);
+        list->values[list->count++] = value;
+        item += length;
+        if (!*item) return;
+    }
+}
+
+static void set_option(struct Command *command, const struct Option *option, const char *text) {
+    char *field = (char *)command + option->field, *end;
+    double number;
+    uint64_t count;
+    switch (option->kind) {
+    case OPTION_FLAG:
+        *(bool *)field = true;
+        break;
+    case OPTION_TEXT:
+        *(const char **)(void *)field = text;
+        break;
+    case OPTION_COUNT:
+        if (!parse_count(text, strlen(text), &count) || (double)count < option->least || (double)count > option->most)
+            wrong_usage(command, "--%s: '%.40s' is not a whole number from %.0f to %.0f", option->name, text, option->least, option->most);
+        *(uint64_t *)(void *)field = count;
+        break;
+    case OPTION_NUMBER:
+        number = strtod(text, &end);
+        if (end == text || *end || !(number >= option->least && number <= option->most))   // not-a-number fails, too
+            wrong_usage(command, "--%s: '%.40s' is not a number from %g to %g", option->name, text, option->least, option->most);
+        *(double *)(void *)field = number;
+        break;
+    case OPTION_WORD:
+        for (count = 0; count <= (uint64_t)option->most; count++)
+            if (strcmp(text, option->words[count]) == 0) {
+                *(uint64_t *)(void *)field = count;
+                return;
+            }
+        wrong_usage(command, "--%s: '%.40s' is none of %s, %s, %s", option->name, text, option->words[0], option->words[1], option->words[2]);
+    case OPTION_COUNTS:
+    case OPTION_COUNTS_OR_ALL:
+        parse_counts(command, option, text, (struct CountList *)(void *)field);
+        break;
+    }
+}
+
+// The option that the argument names, by its long form up to '=' or the end, or its letter; NULL if the command has none such.
+static const struct Option *find_option(const struct Command *command, const char *argument) {
+    bool is_long = argument[1] == '-';
+    size_t length = is_long ? strcspn(argument + 2, "=") : 1;
+    for (const struct Option *option = options; option < options + OPTION_TOTAL; option++)
+        if ((option->commands & command->kind->bit) &&
+            (is_long ? strlen(option->name) == length && strncmp(option->name, argument + 2, length) == 0 : option->letter == argument[1]))
+            return option;
+    return NULL;
+}
+
+// Takes --x V, --x=V, -x V and -xV; everything behind "--" is an argument, and so is "-".
+static void parse_command_line(struct Command *command, int argc, char **argv) {
+    bool only_arguments = false;
+    for (int i = 0; i < argc; i++) {
+        const char *argument = argv[i];
+        if (only_arguments || argument[0] != '-' || !argument[1]) {
+            if (command->argument_count == command->kind->most_arguments)
+                wrong_usage(command, "too many arguments at '%.60s'; a text with blanks needs quotes", argument);
+            command->arguments[command->argument_count++] = argument;
+            continue;
+        }
+        if (strcmp(argument, "--") == 0) {
+            only_arguments = true;
+            continue;
+        }
+        const struct Option *option = find_option(command, argument);
+        bool is_long = argument[1] == '-';
+        const char *value = is_long ? strchr(argument, '=') : argument[2] ? argument + 1 : NULL;
+        if (!option) wrong_usage(command, "unknown option %.*s", is_long ? (int)min_size(strcspn(argument, "="), 60) : 2, argument);
+        if (option->kind == OPTION_FLAG) {
+            if (value) wrong_usage(command, "--%s takes no value, but '%.60s' gives it one", option->name, argument);
+        } else if (value) {
+            value++;
+        } else if (i + 1 == argc) {
+            wrong_usage(command, "%s needs a value", argument);
+        } else {
+            value = argv[++i];
+        }
+        set_option(command, option, value);
+    }
+}
+
+// ---- what the commands share
+
+static struct Model *open_model(const char *path, bool needs_weights) {
+    char error[ERROR_BYTES];
+    struct Model *model = model_open(path, error);
+    if (!model) die("%s", error);
+    if (needs_weights && !model->has_weights)
+        die("%s: the file holds a tokenizer and no weights (it was made with --tokenizer-only)", path);
+    return model;
+}
+
+static size_t micro_batch(const struct Command *command, const struct Model *model) {
+    if (command->batch != NOT_GIVEN) return command->batch;
+    return model->config.n_routed_experts ? 2048 : 512;
+}
+
+// A session, or the end with a sentence where the memory for it (besides the weights, which are the file's) is not there.
+static struct Session *open_session(const struct Command *command, const struct Model *model, const struct SessionOptions *session_options) {
+    struct MemoryPlan plan = plan_memory(model, session_options, command->team->threads);
+    uint64_t available = available_memory();
+    if (available && plan.cache + plan.scratch > available)
+        die("%s: a context of %zu tokens in micro-batches of %zu needs %.1f GB of memory besides the weights, %.1f GB are available",
+            model->name, session_options->context, session_options->batch, (double)(plan.cache + plan.scratch) / 1e9, (double)available / 1e9);
+    char error[ERROR_BYTES];
+    struct Session *session = session_create(model, command->team, command->kernels, session_options, error);
+    if (!session) die("%s", error);
+    return session;
+}
+
+// A remark on standard error.
+static __attribute__((format(printf, 2, 3))) void note(const struct Command *command, const char *format, ...) {
+    if (command->quiet) return;
+    va_list args;
+    va_start(args, format);
+    fputs("r1: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+}
+
+static bool shows_progress(const struct Command *command) { return !command->quiet && isatty(STDERR_FILENO); }
+
+// One line on a terminal that overwrites itself: how far the work is, and the time left; with a total of 0 only `what`.
+// `started` is a clock_seconds().
+static bool progress_shown;
+
+static void show_progress(const struct Command *command, const char *what, double done, double total, double started) {
+    static double shown_at;
+    double now = clock_seconds();
+    if (!shows_progress(command) || now - shown_at < 0.1) return;
+    shown_at = now;
+    progress_shown = true;
+    fprintf(stderr, "\r%s", what);
+    if (total > 0) fprintf(stderr, ": %.0f %%", 100 * done / total);
+    if (done > 0 && done < total && now - started > 1) {
+        double left = (now - started) * (total - done) / done;
+        fprintf(stderr, ", %.0f:%02.0f left", floor(left / 60), floor(fmod(left, 60)));
+    }
+    fputs("\x1b[K", stderr);
+}
+
+static void end_progress(const struct Command *command) {
+    if (progress_shown && shows_progress(command)) fputs("\r\x1b[K", stderr);
+    progress_shown = false;
+}
+
+// Hands on what standard output has buffered. A reader that has seen enough and closed the pipe (`| head`) ends the program
+// quietly, with status 0.
+static void flush_output(void) {
+    errno = 0;
+    if (fflush(stdout) == 0 && !ferror(stdout)) return;
+    if (errno == EPIPE) _exit(0);
+    die("standard output: %s", errno ? strerror(errno) : "a write failed");
+}
+
+static void print_json(json_t *object) {
+    if (!object || (json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(9)) != 0 && !ferror(stdout))) die("out of memory");
+    json_decref(object);
+    putchar('\n');
+    flush_output();
+}
+
+// The whole of a file, a zero behind it; "-" is standard input.
+static char *read_file(const char *path, size_t *bytes) {
+    bool is_input = strcmp(path, "-") == 0;
+    FILE *file = is_input ? stdin : fopen(path, "rb");
+    if (!file) die("%s: %s", path, strerror(errno));
+    size_t capacity = 1 << 16;
+    char *text = allocate(capacity);
+    *bytes = 0;
+    for (size_t got; (got = fread(text + *bytes, 1, capacity - 1 - *bytes, file)) > 0;) {
+        *bytes += got;
+        if (capacity - 1 - *bytes) continue;
+        char *larger = realloc(text, capacity *= 2);
+        if (!larger) die("%s: out of memory: %zu MB more were needed", is_input ? "standard input" : path, capacity >> 20);
+        text = larger;
+    }
+    if (ferror(file)) die("%s: %s", is_input ? "standard input" : path, strerror(errno));
+    if (!is_input) fclose(file);
+    text[*bytes] = 0;
+    return text;
+}
+
+static void push_id(TokenList *list, uint32_t id) {
+    if (list->count == list->capacity) {
+        list->capacity = max_size(64, 2 * list->capacity);
+        list->ids = realloc(list->ids, list->capacity * sizeof *list->ids);
+        if (!list->ids) die("out of memory: %zu MB more were needed", list->capacity * sizeof *list->ids >> 20);
+    }
+    list->ids[list->count++] = id;
+}
+
+// Appends the ids that a text names, separated by white space; each must be below `limit`. Complaints name the source, the
+// line where it is not 0, and count the ids from 1.
+static void parse_ids(const char *text, size_t bytes, uint64_t limit, const char *source, size_t line, TokenList *out) {
+    char place[48] = "";
+    if (line) snprintf(place, sizeof place, "line %zu, ", line);
+    size_t at = 0, number = 0;
+    for (;;) {
+        while (at < bytes && isspace((unsigned char)text[at])) at++;
+        if (at == bytes) return;
+        size_t start = at;
+        while (at < bytes && !isspace((unsigned char)text[at])) at++;
+        number++;
+        uint64_t id;
+        int shown = (int)min_size(at - start, 40);
+        if (!parse_count(text + start, at - start, &id))
+            die("%s: %sid %zu: '%.*s' is not a whole number", source, place, number, shown, text + start);
+        if (id >= limit)
+            die("%s: %sid %zu: %" PRIu64 " is beyond the vocabulary, whose ids are 0 to %" PRIu64, source, place, number, id, limit - 1);
+        push_id(out, (uint32_t)id);
+    }
+}
+// ====================================================================================================================
+// Known shapes and synthetic models
+//
+// `r1 bench SHAPE[:TYPE]` times a known model without its file: memory is filled with pseudo-random weights laid out
+// just as r1-convert would lay out the real ones, and bound by the same bind_model(). What it writes makes no sense; how
+// long it takes does.
+// ====================================================================================================================
+
+// The published config.json of each model. R1's 61 layers are without its MTP layer, which synthetic models leave out.
+static const struct Shape {
+    const char *name;
+    uint32_t source;              // dtype of the published kv_b_proj, which the recipe keeps below 16 bits only where exact
+    struct ModelConfig config;
+} known_shapes[] = {
+#define QWEN2(hidden, intermediate, layers, heads, kv_heads, vocab, theta, eps) \
+    DTYPE_BF16, {.architecture = ARCH_QWEN2, .hidden_size = hidden, .intermediate_size = intermediate, .num_hidden_layers = layers, \
+                 .num_attention_heads = heads, .num_key_value_heads = kv_heads, .head_dim = 128, .vocab_size = vocab, \
+                 .max_position_embeddings = 131072, .attention_bias = 1, .rms_norm_eps = eps, .rope_theta = theta}
+#define LLAMA3(hidden, intermediate, layers, heads) \
+    DTYPE_BF16, {.architecture = ARCH_LLAMA, .hidden_size = hidden, .intermediate_size = intermediate, .num_hidden_layers = layers, \
+                 .num_attention_heads = heads, .num_key_value_heads = 8, .head_dim = 128, .vocab_size = 128256, \
+                 .max_position_embeddings = 131072, .rope_scaling = ROPE_LLAMA3, .rope_original_max_position_embeddings = 8192, \
+                 .rms_norm_eps = 1e-5, .rope_theta = 500000, .rope_factor = 8, .rope_low_freq_factor = 1, .rope_high_freq_factor = 4}
+    {"r1", DTYPE_F8, {
+        .architecture = ARCH_DEEPSEEK_V3, .hidden_size = 7168, .intermediate_size = 18432, .num_hidden_layers = 61,
+        .num_attention_heads = 128, .num_key_value_heads = 128, .vocab_size = 129280, .max_position_embeddings = 163840,
+        .q_lora_rank = 1536, .kv_lora_rank = 512, .qk_nope_head_dim = 128, .qk_rope_head_dim = 64, .v_head_dim = 128,
+        .n_routed_experts = 256, .n_shared_experts = 1, .num_experts_per_tok = 8, .moe_intermediate_size = 2048,
+        .first_k_dense_replace = 3, .n_group = 8, .topk_group = 4, .norm_topk_prob = 1, .rope_scaling = ROPE_YARN,
+        .rope_original_max_position_embeddings = 4096, .rms_norm_eps = 1e-6, .rope_theta = 10000, .routed_scaling_factor = 2.5,
+        .rope_factor = 40, .rope_beta_fast = 32, .rope_beta_slow = 1, .rope_mscale = 1, .rope_mscale_all_dim = 1,
+        .rope_attn_factor = 1}},
+    {"r1-distill-qwen-1.5b", QWEN2(1536, 8960, 28, 12, 2, 151936, 10000, 1e-6)},
+    {"r1-distill-qwen-7b", QWEN2(3584, 18944, 28, 28, 4, 152064, 10000, 1e-6)},
+    {"r1-distill-qwen-14b", QWEN2(5120, 13824, 48, 40, 8, 152064, 1000000, 1e-5)},
+    {"r1-distill-qwen-32b", QWEN2(5120, 27648, 64, 40, 8, 152064, 1000000, 1e-5)},
+    {"r1-distill-llama-8b", LLAMA3(4096, 14336, 32, 32)},
+    {"r1-distill-llama-70b", LLAMA3(8192, 28672, 80, 64)},
+    {"r1-0528-qwen3-8b", DTYPE_BF16, {
+        .architecture = ARCH_QWEN3, .hidden_size = 4096, .intermediate_size = 12288, .num_hidden_layers = 36,
+        .num_attention_heads = 32, .num_key_value_heads = 8, .head_dim = 128, .vocab_size = 151936,
+        .max_position_embeddings = 131072, .qk_norm = 1, .rope_scaling = ROPE_YARN, .rope_original_max_position_embeddings = 32768,
+        .rms_norm_eps = 1e-6, .rope_theta = 1000000, .rope_factor = 4, .rope_beta_fast = 32, .rope_beta_slow = 1,
+        .rope_attn_factor = 0.8782488562869419}},
+    {"moonlight-16b-a3b", DTYPE_BF16, {
+        .architecture = ARCH_DEEPSEEK_V3, .hidden_size = 2048, .intermediate_size = 11264, .num_hidden_layers = 27,
+        .num_attention_heads = 16, .num_key_value_heads = 16, .vocab_size = 163840, .max_position_embeddings = 8192,
+        .kv_lora_rank = 512, .qk_nope_head_dim = 128, .qk_rope_head_dim = 64, .v_head_dim = 128, .n_routed_experts = 64,
+        .n_shared_experts = 2, .num_experts_per_tok = 6, .moe_intermediate_size = 1408, .first_k_dense_replace = 1, .n_group = 1,
+        .topk_group = 1, .norm_topk_prob = 1, .rms_norm_eps = 1e-5, .rope_theta = 50000, .routed_scaling_factor = 2.446}},
+#undef QWEN2
+#undef LLAMA3
+};
+
+#define SHAPE_COUNT (sizeof known_shapes / sizeof *known_shapes)
+
+// The shape that SHAPE[:TYPE] names, NULL if none. *type_name is what follows the colon, or NULL.
+static const struct Shape *find_shape(const char *text, const char **type_name) {
+    size_t length = strcspn(text, ":");
+    *type_name = text[length] ? text + length + 1 : NULL;
+    for (size_t i = 0; i < SHAPE_COUNT; i++)
+        if (strlen(known_shapes[i].name) == length && memcmp(known_shapes[i].name, text, length) == 0) return &known_shapes[i];
+    return NULL;
+}
+
+// What decides a tensor's dtype in the converter's recipe.
+enum Role { ROLE_VECTOR, ROLE_ROUTER, ROLE_TABLE /* embedding, head */, ROLE_LAYER, ROLE_EXPERT, ROLE_KV_FACTOR };
+
+// A model that is being laid out.
+struct Layout {
+    const struct Shape *shape;
+    uint32_t type;
+    bool uniform;
+    size_t count, capacity;
+    struct TensorEntry *entries;
+    uint64_t bytes;
+};
+
+static uint32_t recipe_dtype(const struct Layout *layout, enum Role role) {
+    uint32_t type = layout->type, eight_bits = type == DTYPE_Q4 ? DTYPE_Q8 : type;
+    switch (role) {
+    case ROLE_VECTOR: case ROLE_ROUTER: return DTYPE_F32;
+    case ROLE_KV_FACTOR: return type < DTYPE_Q8 ? type : layout->shape->source;
+    case ROLE_EXPERT: return type;
+    case ROLE_TABLE: return layout->uniform ? type : eight_bits;
+    default: return layout->uniform || !layout->shape->config.n_routed_experts ? type : eight_bits;
+    }
+}
+
+// Adds a tensor of `count` blobs [rows, cols], or of feed-forward networks: gate and up [rows, cols], down [cols, rows].
+static void add_tensor(struct Layout *layout, enum Role role, bool feed_forward, size_t count, size_t rows, size_t cols,
+                       const char *format, size_t layer) {
+    if (layout->count == layout->capacity) {
+        layout->capacity = layout->capacity ? 2 * layout->capacity : 256;
+        layout->entries = realloc(layout->entries, layout->capacity * sizeof *layout->entries);
+        if (!layout->entries) die("out of memory");
+    }
+    struct TensorEntry *entry = &layout->entries[layout->count++];
+    *entry = (struct TensorEntry){.parts = feed_forward ? 3 : 1, .is_vector = role == ROLE_VECTOR, .experts = count};
+    snprintf(entry->name, sizeof entry->name, format, layer);
+    for (unsigned part = 0; part < entry->parts; part++) {
+        entry->dtype[part] = recipe_dtype(layout, role);
+        entry->rows[part] = part == DOWN ? cols : rows;
+        entry->cols[part] = part == DOWN ? rows : cols;
+    }
+    entry->stride = blob_bytes(entry);
+    entry->bytes = count * entry->stride;
+    entry->offset = layout->bytes;
+    layout->bytes = align_up(layout->bytes + entry->bytes, FORMAT_PAGE);
+}
+
+static void add_layer(struct Layout *layout, const struct ModelConfig *c, size_t i) {
+#define L "model.layers.%zu."
+#define MATRIX(role, rows, cols, name) add_tensor(layout, role, false, 1, rows, cols, L name, i)
+#define VECTOR(cols, name) add_tensor(layout, ROLE_VECTOR, false, 1, 1, cols, L name, i)
+    size_t hidden = c->hidden_size, heads = c->num_attention_heads, lora = c->kv_lora_rank, nope = c->qk_nope_head_dim;
+    size_t q_rows = heads * query_dim(c), kv_rows = (size_t)c->num_key_value_heads * c->head_dim;
+    VECTOR(hidden, "input_layernorm.weight");
+    VECTOR(hidden, "post_attention_layernorm.weight");
+    if (c->q_lora_rank) {
+        MATRIX(ROLE_LAYER, c->q_lora_rank, hidden, "self_attn.q_a_proj.weight");
+        VECTOR(c->q_lora_rank, "self_attn.q_a_layernorm.weight");
+        MATRIX(ROLE_LAYER, q_rows, c->q_lora_rank, "self_attn.q_b_proj.weight");
+    } else {
+        MATRIX(ROLE_LAYER, q_rows, hidden, "self_attn.q_proj.weight");
+    }
+    if (is_mla(c)) {
+        MATRIX(ROLE_LAYER, lora + c->qk_rope_head_dim, hidden, "self_attn.kv_a_proj_with_mqa.weight");
+        VECTOR(lora, "self_attn.kv_a_layernorm.weight");
+        add_tensor(layout, ROLE_KV_FACTOR, false, heads, nope, lora, L "self_attn.kv_b_proj.key", i);
+        add_tensor(layout, ROLE_KV_FACTOR, false, heads, lora, nope, L "self_attn.kv_b_proj.key_transposed", i);
+        add_tensor(layout, ROLE_KV_FACTOR, false, heads, c->v_head_dim, lora, L "self_attn.kv_b_proj.value", i);
+    } else {
+        MATRIX(ROLE_LAYER, kv_rows, hidden, "self_attn.k_proj.weight");
+        MATRIX(ROLE_LAYER, kv_rows, hidden, "self_attn.v_proj.weight");
+    }
+    if (c->attention_bias) {
+        VECTOR(q_rows, "self_attn.q_proj.bias");
+        VECTOR(kv_rows, "self_attn.k_proj.bias");
+        VECTOR(kv_rows, "self_attn.v_proj.bias");
+    }
+    if (c->qk_norm) {
+        VECTOR(c->head_dim, "self_attn.q_norm.weight");
+        VECTOR(c->head_dim, "self_attn.k_norm.weight");
+    }
+    MATRIX(ROLE_LAYER, hidden, heads * value_dim(c), "self_attn.o_proj.weight");
+    if (!is_routed(c, i)) {
+        add_tensor(layout, ROLE_LAYER, true, 1, c->intermediate_size, hidden, L "mlp", i);
+        return;
+    }
+    MATRIX(ROLE_ROUTER, c->n_routed_experts, hidden, "mlp.gate.weight");
+    VECTOR(c->n_routed_experts, "mlp.gate.e_score_correction_bias");
+    add_tensor(layout, ROLE_EXPERT, true, c->n_routed_experts, c->moe_intermediate_size, hidden, L "mlp.experts", i);
+    if (c->n_shared_experts)
+        add_tensor(layout, ROLE_LAYER, true, 1, (size_t)c->n_shared_experts * c->moe_intermediate_size, hidden, L "mlp.shared_experts", i);
+#undef L
+#undef MATRIX
+#undef VECTOR
+}
+
+// Lays out a model of a known shape in memory that is not yet filled, nor taken from the system. NULL with a sentence in
+// error. layers: 0 for all.
+static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bool uniform, size_t layers, char *error) {
+    struct Model *model = allocate(sizeof *model);
+    struct ModelConfig *c = &model->config;
+    *c = shape->config;
+    c->recipe = type;
+    if (layers) c->num_hidden_layers = (uint32_t)layers;
+    snprintf(model->name, sizeof model->name, "%s", shape->name);
+    struct Layout layout = {.shape = shape, .type = type, .uniform = uniform};
+    add_tensor(&layout, ROLE_TABLE, false, 1, c->vocab_size, c->hidden_size, "model.embed_tokens.weight", 0);
+    for (size_t i = 0; i < c->num_hidden_layers; i++) add_layer(&layout, c, i);
+    add_tensor(&layout, ROLE_VECTOR, false, 1, 1, c->hidden_size, "model.norm.weight", 0);
+    add_tensor(&layout, ROLE_TABLE, false, 1, c->vocab_size, c->hidden_size, "lm_head.weight", 0);
+    model->entries = layout.entries;
+    model->entry_count = layout.count;
+    model->has_weights = true;
+    model->size = layout.bytes;
+    model->bytes = map_memory(layout.bytes);
+    model->mapped = model->bytes != NULL;
+    bool fine = model->mapped || fail(error, "%s: the system does not give %.1f GB of memory", shape->name, (double)layout.bytes / 1e9);
+    for (size_t i = 0; fine && i < layout.count; i++) fine = check_entry(&model->entries[i], 0, model->size, error);
+    if (fine && check_config(c, error) && bind_model(model, error)) return model;
+    free(layout.entries);
+    model_close(model);
+    return NULL;
+}
+
+// ---- filling the memory
+
+#define PATTERN_BYTES ((size_t)1 << 20)
+#define PATTERN_TAIL ((size_t)K_BLOCK * PANEL_ROWS * 4)   // the longest piece that is copied out at once
+#define SYNTHETIC_DEVIATION 0.02f // standard deviation of the weights: about what trained ones have
+
+// Random values of each dtype, from which pieces are copied at random places: as fast as memory is written.
+struct Filling {
+    const struct Team *team;
+    const struct Model *model;
+    uint8_t *patterns[DTYPE_COUNT];
+};
+
+static uint32_t random_bits(uint64_t *state) { return (uint32_t)(draw_uniform(state) * 0x1p32); }
+
+static uint8_t *make_pattern(uint32_t dtype) {
+    uint8_t *pattern = allocate(PATTERN_BYTES + PATTERN_TAIL);
+    uint64_t state = dtype;
+    for (size_t i = 0; i < PATTERN_BYTES + PATTERN_TAIL; i += 4) {
+        uint32_t bits = random_bits(&state);
+        uint8_t bytes[4];
+        if (dtype <= DTYPE_BF16) {
+            // Evenly in +-sqrt(3) deviations. A bf16 pair takes this float's upper half twice.
+            float value = ((float)bits * 0x1p-31f - 1.0f) * 1.7320508f * SYNTHETIC_DEVIATION;
+            bits = bits_from_float(value);
+            if (dtype == DTYPE_BF16) bits = (bits >> 16) | (bits & 0xffff0000);
+        }
+        memcpy(bytes, &bits, 4);
+        for (size_t j = 0; j < 4; j++) {
+            if (dtype == DTYPE_F8 && (bytes[j] & 0x7f) == 0x7f) bytes[j] ^= 1;   // not-a-number
+            if (dtype == DTYPE_Q8 && bytes[j] == 0x80) bytes[j] = 0x81;          // -128
+        }
+        memcpy(pattern + i, bytes, 4);
+    }
+    return pattern;
+}
+
+// Fills one panel. The scales undo the deviation of evenly distributed codes: 100 for f8, 73 for q8, 67 for q4's table.
+static void fill_panel(uint8_t *panel, uint32_t dtype, size_t cols, const uint8_t *pattern, uint64_t *random) {
+    float *panel_head = (float *)(void *)panel;
+    for (size_t i = 0; i < panel_head_bytes(dtype) / 4; i++) panel_head[i] = SYNTHETIC_DEVIATION / (67.0f * 96.0f);
+    uint8_t *block = panel + panel_head_bytes(dtype);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first), head = block_head_bytes(dtype, length), values = value_bytes(dtype, length);
+        const uint8_t *source = pattern + random_bits(random) % (PATTERN_BYTES / 64) * 64;
+        float *scales = (float *)(void *)block;
+        switch (dtype) {
+        case DTYPE_F8: for (size_t i = 0; i < head / 4; i++) scales[i] = i < K_BLOCK / K_GROUP ? SYNTHETIC_DEVIATION / 100.0f : 0; break;
+        case DTYPE_Q8: for (size_t i = 0; i < head / 4; i++) scales[i] = SYNTHETIC_DEVIATION / 73.0f; break;
+        case DTYPE_Q4: for (size_t i = 0; i < head; i++) block[i] = 0x40 | (source[i] & 0x3f); break;   // 64 to 127
+        default: break;
+        }
+        memcpy(block + head, source, values);
+        block += head + values;
+    }
+}
+
+static void fill_weights(void *argument, int thread) {
+    const struct Filling *filling = argument;
+    uint64_t random = (uint64_t)thread << 32;
+    for (size_t i = 0; i < filling->model->entry_count; i++) {
+        const struct TensorEntry *entry = &filling->model->entries[i];
+        uint8_t *data = (uint8_t *)(uintptr_t)filling->model->bytes + entry->offset;
+        if (entry->is_vector) {
+            // Norms scale by one; biases are small.
+            float value = strstr(entry->name, "bias") ? SYNTHETIC_DEVIATION : 1.0f;
+            for (size_t k = 0; thread == 0 && k < entry->cols[0]; k++) ((float *)(void *)data)[k] = value;
+            continue;
+        }
+        for (uint64_t blob = 0; blob < entry->experts; blob++)
+            for (unsigned part = 0; part < entry->parts; part++) {
+                uint32_t dtype = entry->dtype[part];
+                uint8_t *matrix = data + blob * entry->stride + part_offset(entry, part);
+                uint64_t bytes = panel_bytes(dtype, entry->cols[part]);
+                // The share that this thread reads when it decodes: the page comes from memory near its processor.
+                size_t panel, end;
+                static_share(filling->team, thread, ceil_div(entry->rows[part], PANEL_ROWS), &panel, &end);
+                for (; panel < end; panel++)
+                    fill_panel(matrix + panel * bytes, dtype, entry->cols[part], filling->patterns[dtype], &random);
+            }
+    }
+}
+
+static void fill_model(struct Team *team, const struct Model *model) {
+    struct Filling filling = {.team = team, .model = model};
+    for (uint32_t dtype = DTYPE_F32; dtype < DTYPE_COUNT; dtype++) filling.patterns[dtype] = make_pattern(dtype);
+    team_run(team, fill_weights, &filling);
+    for (uint32_t dtype = DTYPE_F32; dtype < DTYPE_COUNT; dtype++) free(filling.patterns[dtype]);
+}
+
+// ====================================================================================================================
+// What the machine can do
+//
+// Decoding cannot be faster than memory is read, prefill not faster than integers are multiplied. `r1 bench` measures
+// both limits in the same run, with all threads, since machines differ and clouds share theirs.
+// ====================================================================================================================
+
+#define PROBE_PASSES 5            // the best one counts
+#define PROBE_BYTES ((uint64_t)2 << 30)
+
+struct Machine {
+    double read_gb_s;             // 10^9 bytes a second, from huge pages
+    double int8_gmac_s;           // 10^9 int8 multiply-adds a second, operands in registers
+};
+
+typedef uint64_t WideVector __attribute__((vector_size(64), may_alias));
+
+INLINE uint64_t read_memory_body(const uint8_t *bytes, size_t count) {
+    WideVector a = {0}, b = {0}, c = {0}, d = {0};
+    for (size_t i = 0; i < count; i += 256) {
+        const WideVector *at = (const WideVector *)(const void *)(bytes + i);
+        a ^= at[0], b ^= at[1], c ^= at[2], d ^= at[3];
+    }
+    a ^= b ^ c ^ d;
+    return a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
+}
+static uint64_t read_memory_portable(const uint8_t *bytes, size_t count) { return read_memory_body(bytes, count); }
+#ifdef __x86_64__
+__attribute__((target("avx2"))) static uint64_t read_memory_avx2(const uint8_t *bytes, size_t count) { return read_memory_body(bytes, count); }
+__attribute__((target("avx512f"))) static uint64_t read_memory_avx512(const uint8_t *bytes, size_t count) { return read_memory_body(bytes, count); }
+#endif
+
+struct ReadProbe {
+    const struct Team *team;
+    uint64_t (*read)(const uint8_t *bytes, size_t count);
+    uint8_t *bytes;
+    size_t count;
+    atomic_uint_fast64_t result;  // of no meaning; keeps the compiler from dropping the reads
+};
+
+static void touch_share(void *argument, int thread) {
+    struct ReadProbe *probe = argument;
+    size_t first, end;
+    static_share(probe->team, thread, probe->count / 4096, &first, &end);
+    memset(probe->bytes + first * 4096, 1, (end - first) * 4096);
+}
+
+static void read_share(void *argument, int thread) {
+    struct ReadProbe *probe = argument;
+    size_t first, end;
+    static_share(probe->team, thread, probe->count / 4096, &first, &end);
+    atomic_fetch_add(&probe->result, probe->read(probe->bytes + first * 4096, (end - first) * 4096));
+}
+
+static double measure_read_bandwidth(struct Team *team) {
+    uint64_t available = available_memory();
+    struct ReadProbe probe = {.team = team, .read = read_memory_portable};
+    probe.count = (size_t)(available && available / 4 < PROBE_BYTES ? available / 4 : PROBE_BYTES) / 4096 * 4096;
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f")) probe.read = read_memory_avx512;
+    else if (__builtin_cpu_supports("avx2")) probe.read = read_memory_avx2;
+#endif
+    probe.bytes = probe.count ? map_memory(probe.count) : NULL;
+    if (!probe.bytes) return 0;
+    team_run(team, touch_share, &probe);
+    double best = INFINITY;
+    for (int pass = 0; pass < PROBE_PASSES; pass++) {
+        double start = clock_seconds();
+        team_run(team, read_share, &probe);
+        best = fmin(best, clock_seconds() - start);
+    }
+    munmap(probe.bytes, probe.count);
+    return (double)probe.count / best / 1e9;
+}
+
+// ---- multiply-adds: a loop of one instruction for each instruction set, on enough registers to hide its latency
+
+struct IntegerProbe {
+    const char *kernels;          // the kernel table that uses this instruction; NULL: any other
+    void (*run)(uint64_t rounds);
+    double macs;                  // multiply-adds of a round
+};
+
+#ifdef __x86_64__
+#define ACCUMULATORS(OP) OP(2) OP(3) OP(4) OP(5) OP(6) OP(7) OP(8) OP(9) OP(10) OP(11) OP(12) OP(13) OP(14) OP(15)
+#define CLOBBERED "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", \
+                  "xmm12", "xmm13", "xmm14", "xmm15"
+#define LOOP(body) __asm__ volatile("1:\n" body "dec %0\n jnz 1b\n vzeroupper\n" : "+r"(rounds) : : CLOBBERED)
+
+static void multiply_avx512(uint64_t rounds) {
+#define STEP(i) "vpdpbusd %%zmm0, %%zmm1, %%zmm" #i "\n"
+    LOOP(ACCUMULATORS(STEP));
+#undef STEP
+}
+
+static void multiply_avxvnni(uint64_t rounds) {
+#define STEP(i) "%{vex%} vpdpbusd %%ymm0, %%ymm1, %%ymm" #i "\n"
+    LOOP(ACCUMULATORS(STEP));
+#undef STEP
+}
+
+// Products of 8 bits, their sums of 16 and of 32: three instructions for 32 multiply-adds.
+static void multiply_avx2(uint64_t rounds) {
+#define STEP(t, i) "vpmaddubsw %%ymm0, %%ymm1, %%ymm" #t "\n vpmaddwd %%ymm2, %%ymm" #t ", %%ymm" #t "\n" \
+                   "vpaddd %%ymm" #t ", %%ymm" #i ", %%ymm" #i "\n"
+    LOOP(STEP(3, 9) STEP(4, 10) STEP(5, 11) STEP(6, 12) STEP(7, 13) STEP(8, 14));
+#undef STEP
+}
+#elif defined(__aarch64__)
+#ifdef __linux__
+#include <sys/auxv.h>
+static bool has_dot_product(void) { return getauxval(AT_HWCAP) >> 20 & 1; }   // HWCAP_ASIMDDP
+#else
+static bool has_dot_product(void) { return true; }
+#endif
+static void multiply_neon(uint64_t rounds) {
+#define STEP(i) "sdot v" #i ".4s, v0.16b, v1.16b\n"
+    __asm__ volatile(".arch_extension dotprod\n 1:\n"
+                     STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(16) STEP(17) STEP(18) STEP(19) STEP(20) STEP(21) STEP(22)
+                     STEP(23) STEP(24) STEP(25) "subs %0, %0, #1\n bne 1b\n"
+                     : "+r"(rounds) : : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19", "v20", "v21",
+                       "v22", "v23", "v24", "v25");
+#undef STEP
+}
+#endif
+
+// What a compiler makes of plain C.
+#define PORTABLE_PROBE_BYTES 1024
+static void multiply_portable(uint64_t rounds) {
+    static const int8_t zeros[PORTABLE_PROBE_BYTES];
+    volatile int32_t result = 0;
+    for (; rounds; rounds--) {
+        int32_t sum = 0;
+        const int8_t *x = zeros;
+        __asm__ volatile("" : "+r"(x));   // so that no round is left out
+        for (size_t i = 0; i < PORTABLE_PROBE_BYTES; i++) sum += x[i] * x[PORTABLE_PROBE_BYTES - 1 - i];
+        result += sum;
+    }
+}
+
+// The best instruction of the processor; that of the instruction set when --isa forced a lesser one. (AMX does not count:
+// no kernel uses it.)
+static struct IntegerProbe choose_integer_probe(const struct Kernels *kernels) {
+#if defined(__x86_64__)
+    static const struct IntegerProbe probes[] = {{"avx512", multiply_avx512, 14 * 64}, {"avxvnni", multiply_avxvnni, 14 * 32},
+                                                 {"avx2", multiply_avx2, 6 * 32}};
+    for (size_t i = 0; i < sizeof probes / sizeof *probes; i++)
+        if (strcmp(kernels->name, probes[i].kernels) == 0) return probes[i];
+    if (__builtin_cpu_supports("avx512vnni")) return probes[0];
+    if (choose_kernels(probes[1].kernels)) return probes[1];
+    if (__builtin_cpu_supports("avx2")) return probes[2];
+#elif defined(__aarch64__)
+    if (has_dot_product()) return (struct IntegerProbe){"neon", multiply_neon, 16 * 16};
+#endif
+    (void)kernels;
+    return (struct IntegerProbe){NULL, multiply_portable, PORTABLE_PROBE_BYTES};
+}
+
+struct IntegerRun {
+    struct IntegerProbe probe;
+    uint64_t rounds;
+};
+
+static void run_integer_probe(void *argument, int thread) {
+    (void)thread;
+    struct IntegerRun *run = argument;
+    run->probe.run(run->rounds);
+}
+
+static double measure_int8_rate(struct Team *team, const struct Kernels *kernels) {
+    struct IntegerRun run = {.probe = choose_integer_probe(kernels), .rounds = 1000};
+    double best = 0;
+    for (int pass = 0; pass < PROBE_PASSES;) {
+        double start = clock_seconds();
+        team_run(team, run_integer_probe, &run);
+        double seconds = clock_seconds() - start;
+        if (seconds < 0.02) {         // too short to be exact
+            run.rounds *= 2;
+            continue;
+        }
+        best = fmax(best, run.probe.macs * (double)run.rounds * team->threads / seconds / 1e9);
+        pass++;
+    }
+    return best;
+}
+
+// ====================================================================================================================
+// r1 bench
+// ====================================================================================================================
+
+#define BENCH_REPETITIONS 3       // of a measurement; the median counts
+#define BENCH_SECONDS 20.0        // a measurement that has taken this long is not repeated
+#define BENCH_WARM_TOKENS 4
+
+struct Measurement {
+    size_t tokens, depth;
+    double tok_s, rate, fraction; // rate: GMAC/s of prefill, GB/s of decode
+};
+
+struct Bench {
+    const struct Command *command;
+    struct Model *model;
+    bool synthetic;
+    double load_s;
+    struct Machine machine;
+    struct Session *session;
+    uint32_t *tokens;             // pseudo-random, as many as the longest prefill and decode take
+};
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Bytes that a model and its session need, against what the machine has.
+static void check_memory(const struct Bench *bench, const struct SessionOptions *options) {
+    struct MemoryPlan plan = plan_memory(bench->model, options, (int)bench->command->threads);
+    uint64_t needed = plan.weights + plan.cache + plan.scratch, available = available_memory();
+    if (bench->synthetic && available && needed > available)
+        die("%s:%s does not fit in memory: it needs %.1f GB, %.1f GB are available; --layers N takes a slice", bench->model->name,
+            dtype_name(bench->model->config.recipe), (double)needed / 1e9, (double)available / 1e9);
+}
+
+// Opens or lays out the model; the weights of a synthetic one are filled in later.
+static void open_bench_model(struct Bench *bench) {
+    const struct Command *command = bench->command;
+    const char *text = command->arguments[0], *type_name;
+    const struct Shape *shape = find_shape(text, &type_name);
+    if (!shape) {
+        if (command->uniform || command->layers != NOT_GIVEN)
+            wrong_usage(command, "--%s goes with a shape, %s is none", command->uniform ? "uniform" : "layers", text);
+        if (access(text, F_OK) != 0 && strcmp(text, "demo") != 0 && !strchr(text, '/')) {
+            char names[ERROR_BYTES] = "";
+            for (size_t i = 0, used = 0; i < SHAPE_COUNT; i++)
+                used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "", known_shapes[i].name);
+            die("%s: neither a file nor a known shape (%s)", text, names);
+        }
+        double start = clock_seconds();
+        bench->model = open_model(text, true);
+        bench->load_s = clock_seconds() - start;
+        return;
+    }
+    uint32_t type = type_name ? 0 : DTYPE_Q4;
+    for (uint32_t dtype = DTYPE_F32; type_name && dtype < DTYPE_COUNT; dtype++)
+        if (strcmp(type_name, dtype_name(dtype)) == 0) type = dtype;
+    if (!type) wrong_usage(command, "%s: unknown type \"%s\", expected f32, bf16, f8, q8 or q4", text, type_name);
+    if (command->layers != NOT_GIVEN && (command->layers < 1 || command->layers > shape->config.num_hidden_layers))
+        wrong_usage(command, "--layers %" PRIu64 ": %s has 1 to %u", command->layers, shape->name, shape->config.num_hidden_layers);
+    char error[ERROR_BYTES];
+    bench->model = model_of_shape(shape, type, command->uniform, command->layers == NOT_GIVEN ? 0 : (size_t)command->layers, error);
+    if (!bench->model) die("%s", error);
+    bench->synthetic = true;
+}
+
+// The session has room for the longest measurement. Every page of its cache is written: a page that was only ever read is
+// the system's one page of zeros, which would stay in the processor's own cache. Zeros are as good as real keys and values
+// to measure time.
+static void open_bench_session(struct Bench *bench) {
+    const struct Command *command = bench->command;
+    const struct ModelConfig *c = &bench->model->config;
+    uint64_t longest = 0, depth = 0;
+    for (size_t i = 0; i < command->prefill.count; i++) longest = command->prefill.values[i] > longest ? command->prefill.values[i] : longest;
+    for (size_t i = 0; i < command->depth.count; i++) depth = command->depth.values[i] > depth ? command->depth.values[i] : depth;
+    uint64_t decoded = command->decode + BENCH_WARM_TOKENS, tokens = longest > decoded ? longest : decoded, most = c->max_position_embeddings;
+    if (tokens > most || depth > most - tokens)
+        wrong_usage(command, "a depth of %" PRIu64 " and %" PRIu64 " tokens more go beyond the model's %" PRIu64 " positions", depth, tokens, most);
+    size_t batch = min_size(micro_batch(command, bench->model), max_size((size_t)longest, 1));
+    struct SessionOptions options = {.context = (size_t)(depth + tokens), .batch = batch, .logits_rows = 1, .cache = (enum CacheType)command->cache};
+    check_memory(bench, &options);
+    bench->machine.read_gb_s = measure_read_bandwidth(command->team);
+    bench->machine.int8_gmac_s = measure_int8_rate(command->team, command->kernels);
+    if (bench->synthetic) {
+        double start = clock_seconds();
+        fill_model(command->team, bench->model);
+        bench->load_s = clock_seconds() - start;
+    }
+    bench->session = open_session(command, bench->model, &options);
+    memset(bench->session->cache, 0, c->num_hidden_layers * bench->session->cache_layer_bytes);
+    bench->tokens = allocate((size_t)tokens * sizeof *bench->tokens);
+    uint64_t random = 1;
+    for (size_t i = 0; i < tokens; i++) bench->tokens[i] = random_bits(&random) % c->vocab_size;
+}
+
+static void decode_tokens(const struct Bench *bench, size_t n) {
+    for (size_t i = 0; i < n; i++) forward(bench->session, bench->tokens + i, 1, LOGITS_LAST);
+}
+
+// Median seconds of evaluating `tokens` tokens behind `depth` others, in one prefill or one by one.
+static double time_tokens(const struct Bench *bench, size_t tokens, size_t depth, bool decoding) {
+    double seconds[BENCH_REPETITIONS], began = clock_seconds();
+    size_t count = 0;
+    // The first round of a prefill warms up; it counts only when it takes so long that there will be no other.
+    for (int round = decoding ? 1 : 0; round <= BENCH_REPETITIONS; round++) {
+        bench->session->position = depth;
+        if (decoding && round == 1) decode_tokens(bench, BENCH_WARM_TOKENS), bench->session->position = depth;
+        double start = clock_seconds();
+        if (decoding) decode_tokens(bench, tokens);
+        else prefill(bench->session, bench->tokens, tokens);
+        double end = clock_seconds();
+        if (round) seconds[count++] = end - start;
+        if (end - began > BENCH_SECONDS) {
+            if (!round) seconds[count++] = end - start;
+            break;
+        }
+    }
+    qsort(seconds, count, sizeof *seconds, compare_doubles);
+    return (seconds[count / 2] + seconds[(count - 1) / 2]) / 2;
+}
+
+static struct Measurement measure_prefill(const struct Bench *bench, size_t tokens, size_t depth) {
+    double seconds = time_tokens(bench, tokens, depth, false);
+    double head = (double)bench->model->head.rows * (double)bench->model->head.cols;   // once, for the last token
+    struct Measurement m = {.tokens = tokens, .depth = depth, .tok_s = (double)tokens / seconds};
+    m.rate = ((double)tokens * active_weights(bench->model) + head) / seconds / 1e9;
+    m.fraction = m.rate / bench->machine.int8_gmac_s;
+    return m;
+}
+
+static struct Measurement measure_decode(const struct Bench *bench, size_t tokens, size_t depth) {
+    double seconds = time_tokens(bench, tokens, depth, true);
+    struct Measurement m = {.tokens = tokens, .depth = depth, .tok_s = (double)tokens / seconds};
+    m.rate = m.tok_s * active_bytes(bench->model) / 1e9;
+    m.fraction = bench->machine.read_gb_s > 0 ? m.rate / bench->machine.read_gb_s : 0;
+    return m;
+}
+
+// Prints a row of the table, or adds it to the list of the JSON object.
+static void report_measurement(const struct Bench *bench, const struct Measurement *m, bool decoding, json_t *list) {
+    if (bench->command->json) {
+        json_t *row = decoding ? json_pack("{s:I, s:f, s:f, s:f, s:f}", "depth", (json_int_t)m->depth, "tok_s", m->tok_s, "bytes_per_token",
+                                           active_bytes(bench->model), "gb_s", m->rate, "fraction", m->fraction)
+                               : json_pack("{s:I, s:I, s:f, s:f, s:f}", "tokens", (json_int_t)m->tokens, "depth", (json_int_t)m->depth,
+                                           "tok_s", m->tok_s, "gmac_s", m->rate, "fraction", m->fraction);
+        json_array_append_new(list, row);
+        return;
+    }
+    char bar[21];
+    for (int i = 0; i < 20; i++) bar[i] = m->fraction * 20 >= i + 0.5 ? '#' : '.';
+    bar[20] = 0;
+    printf("%-8s %7zu %8zu %10.2f  %8.1f %-6s  %s %5.1f %%\n", decoding ? "decode" : "prefill", m->tokens, m->depth, m->tok_s, m->rate,
+           decoding ? "GB/s" : "GMAC/s", bar, 100 * m->fraction);
+    flush_output();
+}
+
+static void print_bench_head(const struct Bench *bench) {
+    const struct Model *model = bench->model;
+    const struct Command *command = bench->command;
+    printf("%s, %s, %.2f GB (%.2f GB read per token), %" PRIu64 " thread%s, %s, cache %s\n", model->name, dtype_name(model->config.recipe),
+           (double)model->size / 1e9, active_bytes(model) / 1e9, command->threads, command->threads == 1 ? "" : "s", command->kernels->name,
+           cache_names[command->cache]);
+    printf("this machine: reads %.1f GB/s, multiplies %.0f int8 GMAC/s; %s in %.2f s\n\n", bench->machine.read_gb_s,
+           bench->machine.int8_gmac_s, bench->synthetic ? "weights made up" : "loaded", bench->load_s);
+    printf("%-8s %7s %8s %10s  %15s  of the machine's\n", "", "tokens", "depth", "tok/s", "");
+    flush_output();
+}
+
+// A model's name for a JSON object, whose strings must be UTF-8; a path need not be.
+static json_t *json_name(const struct Model *model) {
+    json_t *name = json_string(model->name);
+    return name ? name : json_string("(not UTF-8)");
+}
+
+static int command_bench(struct Command *command) {
+    struct Bench bench = {.command = command};
+    open_bench_model(&bench);
+    open_bench_session(&bench);
+    json_t *prefills = json_array(), *decodes = json_array();
+    if (!command->json) print_bench_head(&bench);
+    for (size_t d = 0; d < command->depth.count; d++)
+        for (size_t p = 0; p < command->prefill.count; p++) {
+            if (!command->prefill.values[p]) continue;
+            struct Measurement m = measure_prefill(&bench, (size_t)command->prefill.values[p], (size_t)command->depth.values[d]);
+            report_measurement(&bench, &m, false, prefills);
+        }
+    for (size_t d = 0; command->decode && d < command->depth.count; d++) {
+        struct Measurement m = measure_decode(&bench, (size_t)command->decode, (size_t)command->depth.values[d]);
+        report_measurement(&bench, &m, true, decodes);
+    }
+    if (command->json)
+        print_json(json_pack("{s:o, s:s, s:s, s:I, s:{s:f, s:f}, s:f, s:o, s:o}", "model", json_name(bench.model), "type",
+                             dtype_name(bench.model->config.recipe), "isa", command->kernels->name, "threads", (json_int_t)command->threads,
+                             "machine", "read_gb_s", bench.machine.read_gb_s, "int8_gmac_s", bench.machine.int8_gmac_s, "load_s",
+                             bench.load_s, "prefill", prefills, "decode", decodes));
+    else
+        json_decref(prefills), json_decref(decodes);
+    free(bench.tokens);
+    session_free(bench.session);
+    const struct TensorEntry *own_entries = bench.synthetic ? bench.model->entries : NULL;
+    model_close(bench.model);
+    free((void *)(uintptr_t)own_entries);
+    return 0;
+}
+
+// ====================================================================================================================
+// r1 perplexity
+//
+// How well a model foretells a text: the mean of -ln p(token | those before it) and its exponential, the perplexity; and
+// how far a quantised model strays from the original, the divergence KL(base || model) at each position, where the base's
+// log-probabilities come from a file that an earlier run with --save-base wrote.
+//
+// A text is cut into consecutive windows of the context's length; each begins with the begin-of-sentence token where the
+// tokenizer wants it, and its first position, which nothing foretells, is not scored. With --ids each line is a sequence
+// of its own, taken as it stands; ids before a '|' are context only and not scored (the prompt of a dialogue).
+// ====================================================================================================================
+
+#define PERPLEXITY_CONTEXT 2048   // default window of a text
+#define PERPLEXITY_BATCH 512      // default micro-batch: the logits of each of its tokens are kept
+#define BASE_MAGIC "r1.base\n"
+
+struct Window {                   // a piece of text evaluated by itself
+    size_t start, count;          // its ids
+    size_t first_scored;          // position of the first one that is scored, 1 or higher
+};
+
+struct Windows {
+    TokenList ids;
+    struct Window *items;
+    size_t count, capacity;
+    size_t scored, longest;       // positions over all of them; tokens of the longest one
+};
+
+// The file of --save-base: this header, then for each scored position, in order, the float log-probabilities of the vocabulary.
+struct BaseHeader {
+    char magic[8];
+    uint32_t version, vocab_size;
+    uint64_t positions;
+    uint64_t hash;                // of the windows and their ids: both runs must score the same
+};
+
+struct Score {                    // of one position
+    double nll, base_nll;         // -ln p of the token that followed
+    double kl;                    // KL(base || model)
+    bool same_top;                // base and model hold the same token for the most likely one
+};
+
+struct Evaluation {
+    const struct Command *command;
+    const struct Windows *windows;
+    struct Session *session;
+    struct Score *scores;         // [windows->scored]
+    // The files, and their rows of the micro-batch at hand: [batch][vocab]; NULL without
+    FILE *save, *base;
+    char *save_path;              // where it is written until it is whole
+    float *save_rows, *base_rows;
+    // The rows of the micro-batch at hand that are scored
+    const uint32_t *targets;      // the tokens that followed
+    size_t first_row, rows;
+    struct Score *row_scores;
+};
+
+static void *grow(void *items, size_t count, size_t *capacity, size_t size) {
+    if (count < *capacity) return items;
+    *capacity = *capacity ? 2 * *capacity : 64;
+    items = realloc(items, *capacity * size);
+    if (!items) die("out of memory");
+    return items;
+}
+
+// Cuts a sequence, of which ids from first_scored on are scored, into windows of at most `context` tokens.
+static void cut_windows(struct Windows *windows, const uint32_t *ids, size_t count, size_t first_scored, size_t context, uint32_t bos) {
+    size_t lead = bos != TOKEN_NONE, step = context - lead;
+    for (size_t at = 0; at < count; at += step) {
+        struct Window window = {.start = windows->ids.count, .count = lead + min_size(step, count - at)};
+        window.first_scored = max_size(1, lead + (first_scored > at ? first_scored - at : 0));
+        if (window.first_scored >= window.count) continue;
+        if (lead) push_id(&windows->ids, bos);
+        for (size_t i = 0; i < window.count - lead; i++) push_id(&windows->ids, ids[at + i]);
+        windows->items = grow(windows->items, windows->count, &windows->capacity, sizeof *windows->items);
+        windows->items[windows->count++] = window;
+        windows->scored += window.count - window.first_scored;
+        windows->longest = max_size(windows->longest, window.count);
+    }
+}
+
+// The context of a run: -c, or `standard`, but never more positions than the model has.
+static size_t choose_window(const struct Command *command, const struct Model *model, size_t standard) {
+    size_t most = model->config.max_position_embeddings;
+    if (command->context == NOT_GIVEN) return max_size(min_size(standard, most), 2);
+    if (command->context < 2) wrong_usage(command, "--context %" PRIu64 ": at least 2 tokens are needed", command->context);
+    if (command->context > most) note(command, "the context is %zu tokens, all that the model has", most);
+    return max_size((size_t)(command->context < most ? command->context : most), 2);
+}
+
+static void read_text_windows(const struct Command *command, const struct Model *model, struct Windows *windows) {
+    const char *path = command->arguments[1];
+    size_t bytes;
+    char *text = read_file(path, &bytes), error[ERROR_BYTES];
+    const TokenizerSpecials *specials = tokenizer_specials(model->tokenizer);
+    TokenList ids = {0};
+    if (!tokenizer_encode(model->tokenizer, text, bytes, false, &ids, error, sizeof error)) die("%s: %s", path, error);
+    free(text);
+    cut_windows(windows, ids.ids, ids.count, 0, choose_window(command, model, PERPLEXITY_CONTEXT), specials->add_bos ? specials->bos : TOKEN_NONE);
+    free(ids.ids);
+    if (!windows->count) die("%s: no text to score: at least two tokens are needed", path);
+}
+
+static void read_ids_windows(const struct Command *command, const struct Model *model, struct Windows *windows) {
+    size_t bytes, count = 0, capacity = 0, longest = 0, line = 1;
+    char *text = read_file(command->ids, &bytes);
+    struct Window *sequences = NULL;
+    TokenList ids = {0};
+    for (const char *at = text, *end = text + bytes; at < end; line++) {
+        const char *line_end = memchr(at, '\n', (size_t)(end - at));
+        if (!line_end) line_end = end;
+        const char *bar = memchr(at, '|', (size_t)(line_end - at));
+        struct Window sequence = {.start = ids.count};
+        if (bar) {
+            parse_ids(at, (size_t)(bar - at), model->config.vocab_size, command->ids, line, &ids);
+            at = bar + 1;
+        }
+        sequence.first_scored = ids.count - sequence.start;
+        parse_ids(at, (size_t)(line_end - at), model->config.vocab_size, command->ids, line, &ids);
+        sequence.count = ids.count - sequence.start;
+        longest = max_size(longest, sequence.count);
+        sequences = grow(sequences, count, &capacity, sizeof *sequences);
+        sequences[count++] = sequence;
+        at = line_end < end ? line_end + 1 : end;
+    }
+    free(text);
+    size_t context = choose_window(command, model, longest);
+    for (size_t i = 0; i < count; i++)
+        if (sequences[i].count)
+            cut_windows(windows, ids.ids + sequences[i].start, sequences[i].count, sequences[i].first_scored, context, TOKEN_NONE);
+    free(sequences);
+    free(ids.ids);
+    if (!windows->count) die("%s: no ids to score: at least two on one line are needed", command->ids);
+}
+
+// ---- the base file
+
+static struct BaseHeader base_header(const struct Windows *windows, size_t vocab) {
+    uint64_t shape = XXH3_64bits(windows->items, windows->count * sizeof *windows->items);
+    struct BaseHeader header = {.version = 1, .vocab_size = (uint32_t)vocab, .positions = windows->scored};
+    memcpy(header.magic, BASE_MAGIC, sizeof header.magic);
+    header.hash = XXH3_64bits_withSeed(windows->ids.ids, windows->ids.count * sizeof *windows->ids.ids, shape);
+    return header;
+}
+
+static FILE *open_base(const char *path, const struct BaseHeader *expected) {
+    FILE *file = fopen(path, "rb");
+    struct stat status;
+    struct BaseHeader header;
+    if (!file || fstat(fileno(file), &status) != 0) die("%s: %s", path, strerror(errno));
+    if (fread(&header, sizeof header, 1, file) != 1 || memcmp(header.magic, BASE_MAGIC, sizeof header.magic) != 0 || header.version != 1)
+        die("%s: not a file that --save-base wrote", path);
+    if (header.vocab_size != expected->vocab_size)
+        die("%s: of a model with a vocabulary of %u, this one has %u", path, header.vocab_size, expected->vocab_size);
+    if (header.positions != expected->positions || header.hash != expected->hash)
+        die("%s: of another text or another --context (%" PRIu64 " positions, here %" PRIu64 ")", path, header.positions, expected->positions);
+    uint64_t bytes = sizeof header + header.positions * header.vocab_size * sizeof(float);
+    if ((uint64_t)status.st_size != bytes) die("%s: %" PRIu64 " bytes, expected %" PRIu64, path, (uint64_t)status.st_size, bytes);
+    return file;
+}
+
+static _Noreturn void die_saving(const struct Evaluation *e) {
+    int reason = errno;
+    remove(e->save_path);
+    die("%s: cannot be written: %s", e->command->save_base, strerror(reason));
+}
+
+// The file gets its name when it is whole.
+static void start_saving(struct Evaluation *e, const struct BaseHeader *header) {
+    size_t length = strlen(e->command->save_base) + sizeof ".partial";
+    e->save_path = allocate(length);
+    snprintf(e->save_path, length, "%s.partial", e->command->save_base);
+    e->save = fopen(e->save_path, "wb");
+    if (!e->save) die("%s: %s", e->save_path, strerror(errno));
+    if (fwrite(header, sizeof *header, 1, e->save) != 1) die_saving(e);
+}
+
+static void finish_saving(struct Evaluation *e) {
+    if (fflush(e->save) != 0 || fsync(fileno(e->save)) != 0 || fclose(e->save) != 0 || rename(e->save_path, e->command->save_base) != 0)
+        die_saving(e);
+    free(e->save_path);
+}
+
+// ---- scoring
+
+#define SUM_BLOCK 256             // floats are summed within blocks, the blocks as doubles
+
+// ln of the sum of exp(x[i]).
+static double log_sum_exp(const float *x, size_t n) {
+    float largest = x[find_largest(x, n)];
+    double sum = 0;
+    for (size_t first = 0; first < n; first += SUM_BLOCK) {
+        size_t end = min_size(first + SUM_BLOCK, n);
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (size_t i = first; i < end; i++) part += exp_float(x[i] - largest);
+        sum += part;
+    }
+    return (double)largest + log(sum);
+}
+
+// KL(base || model) = sum of p ln(p / q), p = exp(base), q = exp(model), computed as the sum of p ln(p / q) - p + q: the
+// same, since p and q each sum to one, but with no negative terms whose rounding would drown small divergences. Not a
+// number if base is not a distribution.
+static double kl_divergence(const float *base, const float *logits, float log_total, size_t n) {
+    double divergence = 0, mass = 0;
+    for (size_t first = 0; first < n; first += SUM_BLOCK) {
+        size_t end = min_size(first + SUM_BLOCK, n);
+        float part = 0, part_mass = 0;
+#pragma omp simd reduction(+ : part, part_mass)
+        for (size_t i = first; i < end; i++) {
+            float model = logits[i] - log_total, d = base[i] - model, p = exp_float(base[i]), q = exp_float(model);
+            float series = p * d * d * (0.5f - d * (1.0f / 6) + d * d * (1.0f / 24));
+            part += fabsf(d) < 0.05f ? series : p * d - p + q;
+            part_mass += p;
+        }
+        divergence += part;
+        mass += part_mass;
+    }
+    return mass > 0.99 && mass < 1.01 ? divergence : (double)NAN;
+}
+
+static void score_row(const struct Evaluation *e, size_t row) {
+    size_t vocab = e->session->model->config.vocab_size;
+    const float *logits = e->session->logits + (e->first_row + row) * vocab;
+    uint32_t target = e->targets[row];
+    double log_total = log_sum_exp(logits, vocab);
+    struct Score *score = &e->row_scores[row];
+    score->nll = log_total - (double)logits[target];
+    if (e->save)
+        for (size_t i = 0; i < vocab; i++) e->save_rows[row * vocab + i] = logits[i] - (float)log_total;
+    if (e->base) {
+        const float *base = e->base_rows + row * vocab;
+        score->base_nll = -(double)base[target];
+        score->kl = kl_divergence(base, logits, (float)log_total, vocab);
+        score->same_top = find_largest(base, vocab) == find_largest(logits, vocab);
+    }
+}
+
+static void score_rows_job(void *argument, int thread) {
+    (void)thread;
+    struct Evaluation *e = argument;
+    for (size_t row; (row = atomic_fetch_add_explicit(&e->session->team->next_item, 1, memory_order_relaxed)) < e->rows;) score_row(e, row);
+}
+
+// Scores the rows that evaluate_window() has set out, and reads and writes the files' rows of them.
+static void score_batch(struct Evaluation *e) {
+    size_t vocab = e->session->model->config.vocab_size;
+    if (e->base && fread(e->base_rows, sizeof(float) * vocab, e->rows, e->base) != e->rows)
+        die("%s: cannot be read: %s", e->command->kld, ferror(e->base) ? strerror(errno) : "it ends early");
+    team_run(e->session->team, score_rows_job, e);
+    for (size_t row = 0; row < e->rows; row++) {
+        const struct Score *score = &e->row_scores[row];
+        bool finite = isfinite(score->nll), sound = !e->base || (isfinite(score->kl) && isfinite(score->base_nll));
+        if (finite && sound) continue;
+        if (e->save) remove(e->save_path);
+        if (!finite)
+            die("%s: logits that are not finite at scored position %zu; look at the file with `r1 inspect MODEL --verify`",
+                e->session->model->name, (size_t)(score - e->scores));
+        die("%s: damaged: no log-probabilities at scored position %zu", e->command->kld, (size_t)(score - e->scores));
+    }
+    if (e->save && fwrite(e->save_rows, sizeof(float) * vocab, e->rows, e->save) != e->rows) die_saving(e);
+    e->row_scores += e->rows;
+}
+
+// Row t of the logits foretells token t + 1, so the last token need not be evaluated.
+static void evaluate_window(struct Evaluation *e, const struct Window *window) {
+    const uint32_t *ids = e->windows->ids.ids + window->start;
+    size_t evaluated = window->count - 1;
+    e->session->position = 0;
+    for (size_t at = 0, n; at < evaluated; at += n) {
+        n = min_size(e->session->options.batch, evaluated - at);
+        size_t first = max_size(at, window->first_scored - 1);
+        bool scored = first < at + n;
+        forward(e->session, ids + at, n, scored ? LOGITS_ALL : LOGITS_NONE);
+        if (!scored) continue;
+        e->first_row = first - at;
+        e->rows = at + n - first;
+        e->targets = ids + first + 1;
+        score_batch(e);
+    }
+}
+
+static void evaluate(struct Evaluation *e, const struct Model *model) {
+    const struct Command *command = e->command;
+    size_t vocab = model->config.vocab_size, tokens = 0, done = 0;
+    size_t batch = command->batch == NOT_GIVEN ? PERPLEXITY_BATCH : micro_batch(command, model);
+    batch = min_size(batch, e->windows->longest);
+    struct SessionOptions options = {.context = e->windows->longest, .batch = batch, .logits_rows = batch, .cache = (enum CacheType)command->cache};
+    struct BaseHeader header = base_header(e->windows, vocab);
+    if (command->kld) e->base = open_base(command->kld, &header);
+    e->session = open_session(command, model, &options);
+    e->scores = allocate(e->windows->scored * sizeof *e->scores);
+    e->row_scores = e->scores;
+    if (e->base) e->base_rows = allocate(batch * vocab * sizeof *e->base_rows);
+    if (command->save_base) {
+        e->save_rows = allocate(batch * vocab * sizeof *e->save_rows);
+        start_saving(e, &header);
+    }
+    for (size_t i = 0; i < e->windows->count; i++) tokens += e->windows->items[i].count;
+    double started = clock_seconds();
+    for (size_t i = 0; i < e->windows->count; i++) {
+        evaluate_window(e, &e->windows->items[i]);
+        done += e->windows->items[i].count;
+        show_progress(command, "perplexity", (double)done, (double)tokens, started);
+    }
+    end_progress(command);
+    if (e->save) finish_saving(e);
+    if (e->base) fclose(e->base);
+    free(e->save_rows);
+    free(e->base_rows);
+    session_free(e->session);
+}
+
+// ---- the report
+
+struct Summary {
+    double mean, error;           // of the mean: one standard error
+    double median, p90, p99, p999, largest;
+};
+
+// The value below which a part of the sorted values lies, between two of them in proportion.
+static double percentile(const double *sorted, size_t n, double part) {
+    double place = part * (double)(n - 1);
+    size_t below = (size_t)place;
+    return below + 1 < n ? sorted[below] + (place - (double)below) * (sorted[below + 1] - sorted[below]) : sorted[n - 1];
+}
+
+// Sorts the values.
+static struct Summary summarize(double *values, size_t n) {
+    struct Summary s = {0};
+    double squares = 0;
+    for (size_t i = 0; i < n; i++) s.mean += values[i] / (double)n;
+    for (size_t i = 0; i < n; i++) squares += (values[i] - s.mean) * (values[i] - s.mean);
+    s.error = n > 1 ? sqrt(squares / (double)(n - 1) / (double)n) : 0;
+    qsort(values, n, sizeof *values, compare_doubles);
+    s.median = percentile(values, n, 0.5);
+    s.p90 = percentile(values, n, 0.9);
+    s.p99 = percentile(values, n, 0.99);
+    s.p999 = percentile(values, n, 0.999);
+    s.largest = values[n - 1];
+    return s;
+}
+
+// The divergence from the base, printed or added to the JSON object. `values` has room for n.
+static void report_divergence(const struct Evaluation *e, size_t n, double *values, json_t *object) {
+    size_t same = 0;
+    for (size_t i = 0; i < n; i++) values[i] = e->scores[i].nll - e->scores[i].base_nll, same += e->scores[i].same_top;
+    struct Summary ratio = summarize(values, n);
+    for (size_t i = 0; i < n; i++) values[i] = e->scores[i].kl;
+    struct Summary kl = summarize(values, n);
+    double agreement = (double)same / (double)n;
+    if (object) {
+        json_object_set_new(object, "kl", json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "mean", kl.mean, "mean_error", kl.error, "median",
+                                                    kl.median, "p90", kl.p90, "p99", kl.p99, "p99.9", kl.p999, "max", kl.largest));
+        json_object_set_new(object, "top1_agreement", json_real(agreement));
+        json_object_set_new(object, "ln_ppl_ratio", json_pack("{s:f, s:f}", "mean", ratio.mean, "mean_error", ratio.error));
+        return;
+    }
+    printf("KL divergence from %s: mean %.6g +- %.2g, median %.4g, 90 %% %.4g, 99 %% %.4g, 99.9 %% %.4g, max %.4g\n", e->command->kld, kl.mean,
+           kl.error, kl.median, kl.p90, kl.p99, kl.p999, kl.largest);
+    printf("same most likely token: %.2f %% of the positions\n", 100 * agreement);
+    printf("ln(perplexity / base perplexity): %.6f +- %.6f\n", ratio.mean, ratio.error);
+}
+
+static void report_perplexity(const struct Evaluation *e, const struct Model *model) {
+    size_t n = e->windows->scored;
+    double *values = allocate(n * sizeof *values);
+    for (size_t i = 0; i < n; i++) values[i] = e->scores[i].nll;
+    struct Summary nll = summarize(values, n);
+    double perplexity = exp(nll.mean), error = perplexity * nll.error;   // to first order
+    json_t *object = NULL;
+    if (e->command->json)
+        object = json_pack("{s:o, s:s, s:s, s:I, s:I, s:f, s:f, s:f, s:f}", "model", json_name(model), "type", dtype_name(model->config.recipe),
+                           "kv", cache_names[e->command->cache], "windows", (json_int_t)e->windows->count, "positions", (json_int_t)n, "nll",
+                           nll.mean, "nll_error", nll.error, "perplexity", perplexity, "perplexity_error", error);
+    else
+        printf("perplexity %.4f +- %.4f (mean -ln p %.5f +- %.5f, %zu positions in %zu windows)\n", perplexity, error, nll.mean, nll.error, n,
+               e->windows->count);
+    if (e->command->kld) report_divergence(e, n, values, object);
+    if (object) print_json(object);
+    free(values);
+}
+
+static int command_perplexity(struct Command *command) {
+    const char *text = command->argument_count > 1 ? command->arguments[1] : NULL;
+    if (!text == !command->ids) wrong_usage(command, "expected either a text file or --ids FILE");
+    struct Model *model = open_model(command->arguments[0], true);
+    struct Windows windows = {0};
+    if (text) read_text_windows(command, model, &windows);
+    else read_ids_windows(command, model, &windows);
+    struct Evaluation evaluation = {.command = command, .windows = &windows};
+    evaluate(&evaluation, model);
+    report_perplexity(&evaluation, model);
+    free(evaluation.scores);
+    free(windows.items);
+    free(windows.ids.ids);
+    model_close(model);
+    return 0;
+}
+// ====================================================================================================================
+// Generation: thinking, then the answer
+//
+// run_generation() reads a prompt, draws token after token and streams their text. Where the thinking begins and ends is
+// known by the ids of <think> and </think> alone: those of the prompt's generation prefix, which may force <think>, and
+// those that the model writes. On a terminal the thinking is dimmed and the tags are left out; into a pipe the text goes as
+// it is; with --hide-thinking only the answer is shown.
+// ====================================================================================================================
+
+// Ctrl-C: the first one ends the generation, the second one the program.
+static volatile sig_atomic_t interrupted, terminal_dimmed;
+
+static void handle_interrupt(int signal_number) {
+    if (interrupted) {
+        if (terminal_dimmed && write(STDOUT_FILENO, "\x1b[0m", 4) < 0) terminal_dimmed = 0;
+        signal(signal_number, SIG_DFL);
+        raise(signal_number);
+    }
+    interrupted = 1;
+}
+
+static void catch_interrupts(void) {
+    struct sigaction action = {.sa_handler = handle_interrupt, .sa_flags = SA_RESTART};
+    sigaction(SIGINT, &action, NULL);
+}
+
+// ---- what is shown
+
+struct Display {
+    const Tokenizer *tokenizer;
+    bool bare;                    // no tags; newlines around the thinking and the answer are ours, not the model's
+    bool dims;                    // the thinking is dimmed
+    bool hides;                   // the thinking is left out
+    bool thinking;                // what comes now is thought
+    bool leading;                 // nothing of this part was shown yet: drop its newlines
+    bool shown;                   // something was
+    char last;                    // the last byte that came, shown or not
+    size_t newlines;              // held back until something follows them
+    Utf8Stream utf8;
+};
+
+static void display_init(struct Display *display, const struct Command *command, const Tokenizer *tokenizer) {
+    bool terminal = isatty(STDOUT_FILENO);
+    const char *no_color = getenv("NO_COLOR"), *kind = getenv("TERM");   // see no-color.org
+    bool wants_color = terminal && !(no_color && *no_color) && !(kind && strcmp(kind, "dumb") == 0);
+    *display = (struct Display){
+        .tokenizer = tokenizer,
+        .bare = terminal || command->hide_thinking,
+        .dims = command->color == COLOR_AUTO ? wants_color : command->color == COLOR_ALWAYS,
+        .hides = command->hide_thinking,
+    };
+    display->leading = display->bare;
+}
+
+static void set_dim(struct Display *display, bool dim) {
+    if (!display->dims || dim == terminal_dimmed) return;
+    fputs(dim ? "\x1b[2m" : "\x1b[0m", stdout);
+    terminal_dimmed = dim;
+}
+
+static void show_text(struct Display *display, const char *text, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) {
+        if (text[i] == '\n') {
+            if (!display->leading) display->newlines++;
+            continue;
+        }
+        display->leading = false;
+        display->shown = true;
+        for (; display->newlines; display->newlines--) putchar('\n');
+        set_dim(display, display->thinking);
+        putchar(text[i]);
+    }
+}
+
+// Bytes of a token, cut in pieces that the UTF-8 stream has room for.
+static void show_bytes(struct Display *display, const char *bytes, size_t count) {
+    char ready[3 * (256 + 4)];
+    if (count) display->last = bytes[count - 1];
+    if (display->hides && display->thinking) return;
+    for (size_t done = 0; done < count;) {
+        size_t step = min_size(256, count - done);
+        show_text(display, ready, utf8_stream_push(&display->utf8, bytes + done, step, ready));
+        done += step;
+    }
+}
+
+static void end_utf8(struct Display *display) {
+    char rest[3];
+    show_text(display, rest, utf8_stream_end(&display->utf8, rest));
+}
+
+// A switch between thinking and answer. Without tags a blank line stands between them.
+static void set_thinking(struct Display *display, bool thinking, uint32_t tag) {
+    end_utf8(display);
+    if (display->bare && thinking == display->thinking) return;
+    size_t bytes;
+    const char *text = tokenizer_piece(display->tokenizer, tag, &bytes);
+    if (thinking) display->thinking = true;
+    if (!display->bare) show_bytes(display, text, bytes);
+    display->last = '>';
+    display->thinking = thinking;
+    if (!display->bare) return;
+    display->leading = true;
+    display->newlines = display->shown ? 2 : 0;
+    if (!thinking) set_dim(display, false);
+}
+
+static bool is_special(const TokenizerSpecials *specials, uint32_t id) {
+    return id == specials->bos || id == specials->eos || id == specials->user || id == specials->assistant || id == specials->end_of_turn;
+}
+
+static void show_token(struct Display *display, uint32_t id) {
+    const TokenizerSpecials *specials = tokenizer_specials(display->tokenizer);
+    if (id == specials->think || id == specials->end_think) {
+        set_thinking(display, id == specials->think, id);
+    } else if (!is_special(specials, id)) {
+        size_t bytes;
+        const char *piece = tokenizer_piece(display->tokenizer, id, &bytes);
+        if (piece) show_bytes(display, piece, bytes);
+    }
+    flush_output();
+}
+
+// Whatever newlines the text ended with, it is one.
+static void end_display(struct Display *display) {
+    end_utf8(display);
+    set_dim(display, false);
+    putchar('\n');
+    flush_output();
+}
+
+// ---- a model that repeats itself
+
+#define LOOP_PERIOD 64            // longest period looked for
+#define LOOP_TOKENS 256           // a loop lasts at least this long
+#define LOOP_REPEATS 8            // and comes round at least this often
+
+struct LoopGuard {
+    uint32_t last[LOOP_PERIOD];   // the last tokens, a ring
+    size_t count;
+    size_t same[LOOP_PERIOD + 1]; // [p]: how many tokens on end were the same as the one p before
+    bool found;
+};
+
+// Takes the next token; true once, when the end of the text has become a loop.
+static bool finds_loop(struct LoopGuard *guard, uint32_t token) {
+    bool found = false;
+    for (size_t period = 1; period <= min_size(LOOP_PERIOD, guard->count); period++) {
+        bool same = guard->last[(guard->count - period) % LOOP_PERIOD] == token;
+        guard->same[period] = same ? guard->same[period] + 1 : 0;
+        found |= guard->same[period] + period >= max_size(LOOP_TOKENS, LOOP_REPEATS * period);
+    }
+    guard->last[guard->count++ % LOOP_PERIOD] = token;
+    bool first = found && !guard->found;
+    guard->found |= found;
+    return first;
+}
+
+// ---- the generation
+
+enum EndReason { END_BY_MODEL, END_BY_LENGTH, END_BY_CONTEXT, END_BY_USER };
+
+struct Generation {
+    const struct Command *command;
+    const struct Model *model;
+    const TokenizerSpecials *specials;
+    struct Session *session;
+    struct Sampler sampler;
+    struct Display display;
+    struct LoopGuard guard;
+    TokenList prompt;
+    size_t prefix_start;          // the prompt's generation prefix, as far as it is shown: ids [prefix_start, prompt.count)
+    TokenList close;              // ids of "\n</think>\n\n", which end the thinking when its budget is used up
+    size_t close_newline;         // how many of them are the first newline
+    uint64_t seed;
+    size_t written, thought;      // tokens
+    enum EndReason reason;
+    double started, first_token, ended;   // clock_seconds()
+};
+
+static void append_text(const struct Generation *g, const char *text, size_t bytes, TokenList *out) {
+    char error[ERROR_BYTES];
+    if (!tokenizer_encode(g->model->tokenizer, text, bytes, false, out, error, sizeof error)) die("%s", error);
+}
+
+// The prompt in the model's chat form, or raw where the tokenizer knows none.
+static void encode_prompt(struct Generation *g, const char *text, size_t bytes) {
+    const TokenizerSpecials *specials = g->specials;
+    const ChatMessage question = {.role = "user", .content = text, .content_bytes = bytes};
+    bool has_tags = specials->think != TOKEN_NONE && specials->end_think != TOKEN_NONE;
+    char error[ERROR_BYTES];
+    if (specials->has_chat ? !tokenizer_encode_chat(g->model->tokenizer, &question, 1, &g->prompt, error, sizeof error)
+                           : !tokenizer_encode_raw(g->model->tokenizer, text, bytes, &g->prompt, error, sizeof error))
+        die("%s: %s", g->model->name, error);
+    g->prefix_start = g->prompt.count;
+    if (!g->prompt.count) die("the prompt is empty");
+    if (!specials->has_chat) note(g->command, "%s has no chat form: it goes on from the prompt as it stands", g->model->name);
+    else while (g->prompt.ids[g->prefix_start - 1] != specials->assistant) g->prefix_start--;   // typed text never makes this id
+
+    if (!has_tags && (g->command->no_think || g->command->think_budget != NOT_GIVEN))
+        note(g->command, "%s has no <think> tokens: --no-think and --think-budget do nothing", g->model->name);
+    if (has_tags) {
+        append_text(g, "\n", 1, &g->close);
+        g->close_newline = g->close.count;
+        push_id(&g->close, specials->end_think);
+        append_text(g, "\n\n", 2, &g->close);
+    }
+    if (has_tags && specials->has_chat && g->command->no_think) {
+        // In place of the generation prefix the model finds its thinking done: <think>\n\n</think>\n\n, which is how these
+        // models are prompted to answer at once. Not shown: it is no part of the answer.
+        g->prompt.count = g->prefix_start;
+        push_id(&g->prompt, specials->think);
+        append_text(g, "\n\n", 2, &g->prompt);
+        push_id(&g->prompt, specials->end_think);
+        append_text(g, "\n\n", 2, &g->prompt);
+        g->prefix_start = g->prompt.count;
+    }
+    if (g->command->think_budget == 0 && specials->starts_thinking && g->prefix_start < g->prompt.count)
+        for (size_t i = g->close_newline; i < g->close.count; i++) push_id(&g->prompt, g->close.ids[i]);   // behind "<think>\n"
+}
+
+// Tokens of context: what -c says, else prompt and output, as far as the model was made for it and memory holds it.
+static struct SessionOptions choose_session(const struct Generation *g) {
+    const struct Command *command = g->command;
+    size_t most = g->model->config.max_position_embeddings, least = g->prompt.count + 1;
+    struct SessionOptions chosen = {
+        .context = min_size(most, g->prompt.count + command->max_tokens + g->close.count),
+        .batch = min_size(micro_batch(command, g->model), max_size(g->prompt.count, EXACT_TOKENS)),
+        .logits_rows = 1,
+        .cache = (enum CacheType)command->cache,
+    };
+    if (command->context != NOT_GIVEN) {
+        if (command->context > most) die("%s: --context %" PRIu64 ": the model was made for at most %zu tokens", g->model->name, command->context, most);
+        chosen.context = most = command->context;
+    }
+    if (g->prompt.count >= most) die("the prompt is too long: %zu tokens in a context of %zu", g->prompt.count, most);
+    uint64_t available = available_memory();
+    if (command->context != NOT_GIVEN || !available) return chosen;
+
+    // A model larger than memory is read from disk as it runs; an eighth of the memory may hold its cache all the same.
+    uint64_t room = available / 8;
+    if (available > g->model->size && available - g->model->size > room) room = available - g->model->size;
+    size_t wanted = chosen.context, fits = least, too_much = wanted + 1;
+    while (too_much - fits > 1) {
+        chosen.context = fits + (too_much - fits) / 2;
+        struct MemoryPlan plan = plan_memory(g->model, &chosen, command->team->threads);
+        if (plan.cache + plan.scratch <= room) fits = chosen.context;
+        else too_much = chosen.context;
+    }
+    chosen.context = fits;
+    if (fits < wanted)
+        note(command, "the context is %zu tokens instead of %zu: that is what fits into %.1f GB of memory", fits, wanted, (double)available / 1e9);
+    return chosen;
+}
+
+// Evaluates the prompt; false if the user has ended it. Progress is shown where it takes more than a moment.
+static bool read_prompt(struct Generation *g) {
+    const TokenList *prompt = &g->prompt;
+    bool is_long = active_weights(g->model) * (double)prompt->count > 1e11;
+    double started = clock_seconds();
+    for (size_t done = 0; done < prompt->count && !interrupted;) {
+        if (is_long) show_progress(g->command, "reading the prompt", (double)done, (double)prompt->count, started);
+        size_t step = min_size(g->session->options.batch, prompt->count - done);
+        forward(g->session, prompt->ids + done, step, done + step == prompt->count ? LOGITS_LAST : LOGITS_NONE);
+        done += step;
+    }
+    end_progress(g->command);
+    return !interrupted;
+}
+
+static bool is_stop(const TokenizerSpecials *specials, uint32_t id) {
+    for (size_t i = 0; i < specials->stop_count; i++)
+        if (specials->stops[i] == id) return true;
+    return false;
+}
+
+// Evaluates the token that was drawn, and the end of the thinking behind it if its budget is used up. False if the context
+// has no room for them.
+static bool go_on(struct Generation *g, uint32_t token) {
+    uint64_t budget = g->command->think_budget;
+    bool closes = false;
+    if (g->display.thinking) {
+        g->thought += token != g->specials->think;
+        closes = budget != NOT_GIVEN && g->thought >= budget;
+    }
+    TokenList next = {0};
+    push_id(&next, token);
+    if (closes)
+        for (size_t i = g->display.last == '\n' ? g->close_newline : 0; i < g->close.count; i++) push_id(&next, g->close.ids[i]);
+    bool fits = next.count <= g->session->options.context - g->session->position;
+    if (fits) {
+        for (size_t i = 1; i < next.count; i++) show_token(&g->display, next.ids[i]);
+        prefill(g->session, next.ids, next.count);
+    }
+    free(next.ids);
+    return fits;
+}
+
+// With --hide-thinking a terminal shows that there is some.
+static void show_thinking_progress(const struct Generation *g) {
+    char what[48];
+    snprintf(what, sizeof what, "thinking: %zu tokens", g->written);
+    if (g->display.thinking) show_progress(g->command, what, 0, 0, 0);
+    else end_progress(g->command);
+}
+
+static enum EndReason write_tokens(struct Generation *g) {
+    const struct Command *command = g->command;
+    while (!interrupted) {
+        uint32_t token = sample_token(&g->sampler, g->session->logits);
+        if (!isfinite(g->session->logits[token])) die("%s: the model's output is not a number after %zu tokens", g->model->name, g->session->position);
+        if (!g->written) g->first_token = clock_seconds();
+        if (is_stop(g->specials, token)) return END_BY_MODEL;
+        g->written++;
+        show_token(&g->display, token);
+        if (g->display.hides) show_thinking_progress(g);
+        if (finds_loop(&g->guard, token) && !g->display.hides)
+            note(command, "%sthe model repeats itself; Ctrl-C ends it", isatty(STDOUT_FILENO) ? "\n" : "");
+        if (g->written == command->max_tokens) return END_BY_LENGTH;
+        if (!go_on(g, token)) return END_BY_CONTEXT;
+    }
+    return END_BY_USER;
+}
+
+static void print_statistics(const struct Generation *g) {
+    const struct Command *command = g->command;
+    if (command->quiet) return;
+    if (g->reason == END_BY_LENGTH) note(command, "ended after %" PRIu64 " tokens (--max-tokens)", command->max_tokens);
+    if (g->reason == END_BY_CONTEXT) note(command, "ended: the context of %zu tokens is full (--context)", g->session->options.context);
+    double reading = g->first_token - g->started, writing = g->ended - g->first_token;
+    if (!(g->first_token > 0)) return;
+    fprintf(stderr, "r1: prompt %zu tokens", g->prompt.count);
+    if (reading > 0) fprintf(stderr, ", %.1f tok/s", (double)g->prompt.count / reading);
+    fprintf(stderr, " | first token %.2f s | written %zu tokens", reading, g->written);
+    if (g->written > 1 && writing > 0) {
+        double rate = (double)(g->written - (g->reason != END_BY_MODEL)) / writing;   // the last one was drawn, not evaluated
+        fprintf(stderr, ", %.1f tok/s, %.2f GB/s", rate, rate * active_bytes(g->model) / 1e9);
+    }
+    if (command->temperature > 0) fprintf(stderr, " | seed %" PRIu64, g->seed);
+    fputc('\n', stderr);
+}
+
+// A fresh number, short enough to be typed again.
+static uint64_t make_seed(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t source[3] = {(uint64_t)now.tv_sec, (uint64_t)now.tv_nsec, (uint64_t)getpid()};
+    return XXH3_64bits(source, sizeof source) % 1000000000;
+}
+
+// Answers one question of text. Returns the program's status.
+static int run_generation(const struct Command *command, const struct Model *model, const char *text, size_t bytes) {
+    static const char *const reasons[] = {"the model stopped before it came to an answer", "--max-tokens is too small", "--context is too small",
+                                          "it was interrupted"};
+    struct Generation g = {.command = command, .model = model, .specials = tokenizer_specials(model->tokenizer)};
+    encode_prompt(&g, text, bytes);
+    struct SessionOptions session_options = choose_session(&g);
+    g.session = open_session(command, model, &session_options);
+    g.seed = command->seed != NOT_GIVEN ? command->seed : make_seed();
+    sampler_init(&g.sampler, model->config.vocab_size, (float)command->temperature, (float)command->top_p, (float)command->min_p, command->top_k, g.seed);
+    display_init(&g.display, command, model->tokenizer);
+    catch_interrupts();
+    g.started = clock_seconds();
+    g.reason = END_BY_USER;
+    if (read_prompt(&g)) {
+        for (size_t i = g.prefix_start; i < g.prompt.count; i++) show_token(&g.display, g.prompt.ids[i]);
+        g.reason = write_tokens(&g);
+    }
+    g.ended = clock_seconds();
+    if (g.display.hides) {
+        end_progress(command);
+        if (g.display.thinking)
+            die("%s: the thinking did not end: %s%s", model->name, reasons[g.reason], g.guard.found ? ", and the model repeats itself" : "");
+    }
+    end_display(&g.display);
+    print_statistics(&g);
+    sampler_free(&g.sampler);
+    session_free(g.session);
+    free(g.prompt.ids);
+    free(g.close.ids);
+    return 0;
+}
+
+// ====================================================================================================================
+// Commands: run, tokenize, logits, inspect
+// ====================================================================================================================
+
+static int command_run(struct Command *command) {
+    struct Model *model = open_model(command->arguments[0], true);
+    const char *prompt = command->arguments[1];
+    char *input = NULL;
+    size_t bytes = prompt ? strlen(prompt) : 0;
+    if (!prompt || strcmp(prompt, "-") == 0) {
+        if (isatty(STDIN_FILENO)) note(command, "type the question; Ctrl-D on an empty line sends it");
+        prompt = input = read_file("-", &bytes);
+        if (bytes && input[bytes - 1] == '\n') bytes--;
+    }
+    int status = run_generation(command, model, prompt, bytes);
+    free(input);
+    model_close(model);
+    return status;
+}
+
+// ---- tokenize
+
+// Where a text came from, for messages: a line of standard input, or the argument (line 0).
+struct TextSource {
+    const char *name;
+    size_t line;
+};
+
+static _Noreturn __attribute__((format(printf, 2, 3))) void reject_text(const struct TextSource *source, const char *format, ...) {
+    char reason[ERROR_BYTES];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(reason, sizeof reason, format, args);
+    va_end(args);
+    if (source->line) die("%s: line %zu: %s", source->name, source->line, reason);
+    die("%s: %s", source->name, reason);
+}
+
+// Turns hexadecimal digits into the bytes they name, in place; returns how many.
+static size_t decode_hex(const struct TextSource *source, char *text, size_t bytes) {
+    if (bytes % 2) reject_text(source, "an odd number of hexadecimal digits");
+    for (size_t i = 0; i < bytes; i++)
+        if (!isxdigit((unsigned char)text[i])) reject_text(source, "character %zu is no hexadecimal digit", i + 1);
+    for (size_t i = 0; i < bytes; i += 2) {
+        unsigned value;
+        char pair[3] = {text[i], text[i + 1], 0};
+        sscanf(pair, "%2x", &value);
+        text[i / 2] = (char)value;
+    }
+    return bytes / 2;
+}
+
+// A piece in quotes, with escapes for what would not show or is not UTF-8 by itself.
+static void print_piece(const char *piece, size_t bytes) {
+    Utf8Stream stream = {0};
+    char *valid = allocate(3 * (bytes + 4));
+    size_t ready = utf8_stream_push(&stream, piece, bytes, valid);
+    bool is_text = !stream.held_bytes && ready == bytes && memcmp(valid, piece, bytes) == 0;
+    free(valid);
+    putchar('"');
+    for (size_t i = 0; i < bytes; i++) {
+        unsigned char c = (unsigned char)piece[i];
+        if (c == '\n') fputs("\\n", stdout);
+        else if (c == '\t') fputs("\\t", stdout);
+        else if (c == '"' || c == '\\') printf("\\%c", c);
+        else if (c < 32 || c == 127 || (c >= 128 && !is_text)) printf("\\x%02x", c);
+        else putchar(c);
+    }
+    putchar('"');
+}
+
+static void print_tokens(const struct Command *command, const struct Model *model, const TokenList *tokens) {
+    for (size_t i = 0; i < tokens->count; i++) {
+        printf(i ? " %" PRIu32 : "%" PRIu32, tokens->ids[i]);
+        if (command->ids_only) continue;
+        size_t bytes;
+        const char *piece = tokenizer_piece(model->tokenizer, tokens->ids[i], &bytes);
+        putchar(' ');
+        if (piece) print_piece(piece, bytes);
+        else printf("<id %" PRIu32 ">", tokens->ids[i]);
+    }
+}
+
+// A JSON array of {"role", "content"} into the prompt's ids.
+static void encode_chat_json(const struct TextSource *source, const struct Model *model, const char *text, size_t bytes, TokenList *out) {
+    json_error_t json_error;
+    json_t *array = json_loadb(text, bytes, JSON_ALLOW_NUL, &json_error);
+    if (!array) reject_text(source, "not JSON: %s", json_error.text);
+    if (!json_is_array(array)) reject_text(source, "not an array of messages");
+    size_t count = json_array_size(array);
+    ChatMessage *messages = allocate(count * sizeof *messages);
+    for (size_t i = 0; i < count; i++) {
+        const json_t *entry = json_array_get(array, i), *role = json_object_get(entry, "role"), *content = json_object_get(entry, "content");
+        if (!json_is_string(role) || !json_is_string(content)) reject_text(source, "message %zu has no \"role\" and \"content\" of text", i + 1);
+        messages[i] = (ChatMessage){json_string_value(role), json_string_value(content), json_string_length(content)};
+    }
+    char error[ERROR_BYTES];
+    if (!tokenizer_encode_chat(model->tokenizer, messages, count, out, error, sizeof error)) reject_text(source, "%s", error);
+    free(messages);
+    json_decref(array);
+}
+
+static void print_decoded(const struct Command *command, const struct TextSource *source, const struct Model *model, const TokenList *tokens) {
+    for (size_t i = 0; i < tokens->count; i++) {
+        size_t bytes;
+        const char *piece = tokenizer_piece(model->tokenizer, tokens->ids[i], &bytes);
+        if (!piece) reject_text(source, "id %zu: %" PRIu32 " has no token", i + 1, tokens->ids[i]);
+        if (!command->hex) fwrite(piece, 1, bytes, stdout);
+        else for (size_t k = 0; k < bytes; k++) printf("%02x", (unsigned char)piece[k]);
+    }
+}
+
+// One text, which may be changed, and its line of output.
+static void tokenize_text(const struct Command *command, const struct TextSource *source, const struct Model *model, char *text, size_t bytes) {
+    TokenList tokens = {0};
+    char error[ERROR_BYTES];
+    if (command->hex && !command->decode_ids) bytes = decode_hex(source, text, bytes);
+    if (command->decode_ids) {
+        uint64_t vocabulary = max_size(model->config.vocab_size, tokenizer_size(model->tokenizer));
+        parse_ids(text, bytes, vocabulary, source->name, source->line, &tokens);
+        print_decoded(command, source, model, &tokens);
+    } else if (bytes) {
+        if (command->chat) encode_chat_json(source, model, text, bytes, &tokens);
+        else if (!tokenizer_encode(model->tokenizer, text, bytes, command->markup, &tokens, error, sizeof error)) reject_text(source, "%s", error);
+        print_tokens(command, model, &tokens);
+    }
+    putchar('\n');
+    flush_output();
+    free(tokens.ids);
+}
+
+static int command_tokenize(struct Command *command) {
+    if (command->decode_ids && (command->markup || command->chat || command->ids_only))
+        wrong_usage(command, "--decode does not go with --markup, --chat or --ids-only");
+    if (command->chat && command->markup) wrong_usage(command, "--chat does not go with --markup");
+    if (!isatty(STDOUT_FILENO)) command->ids_only = true;
+    struct Model *model = open_model(command->arguments[0], false);
+    if (command->arguments[1]) {
+        char *text = strdup(command->arguments[1]);
+        if (!text) die("out of memory");
+        tokenize_text(command, &(struct TextSource){"TEXT", 0}, model, text, strlen(text));
+        free(text);
+    } else {
+        struct TextSource source = {"standard input", 0};
+        char *line = NULL;
+        size_t capacity = 0;
+        for (ssize_t bytes; (bytes = getline(&line, &capacity, stdin)) >= 0;) {
+            source.line++;
+            if (bytes && line[bytes - 1] == '\n') bytes--;
+            tokenize_text(command, &source, model, line, (size_t)bytes);
+        }
+        if (ferror(stdin)) die("standard input: %s", strerror(errno));
+        free(line);
+    }
+    model_close(model);
+    return 0;
+}
+
+// ---- logits
+
+// What is kept of each position of the sequence until it is printed.
+struct Trace {
+    const struct Command *command;
+    const struct Model *model;
+    size_t length;                // of the sequence
+    uint32_t *argmax;             // [length]
+    size_t *logits_row;           // [length] 1 + row in logits, 0: not wanted
+    float *logits;                // [wanted][vocab]
+    size_t *experts_row;          // [length] 1 + row in expert_ids, 0: not wanted
+    uint32_t *expert_ids;         // [wanted][layers][experts per token]
+    float *expert_weights;        // same shape
+};
+
+// Numbers the wanted positions in order; returns how many there are. row is [length] and zero.
+static size_t mark_positions(const struct Trace *trace, const char *option, const struct CountList *wanted, size_t *row) {
+    for (size_t i = 0; i < wanted->count; i++) {
+        if (wanted->values[i] >= trace->length)
+            die("--%s: position %" PRIu64 " is beyond the sequence of %zu tokens, whose positions are 0 to %zu", option, wanted->values[i],
+                trace->length, trace->length - 1);
+        row[wanted->values[i]] = 1;
+    }
+    size_t count = 0;
+    for (size_t position = 0; position < trace->length; position++)
+        if (row[position] || wanted->all) row[position] = ++count;
+    return count;
+}
+
+static void trace_init(struct Trace *trace) {
+    const struct ModelConfig *c = &trace->model->config;
+    if (trace->command->experts.count && !c->n_routed_experts) die("%s: --experts: the model has no experts to choose from", trace->model->name);
+    trace->argmax = allocate(trace->length * sizeof *trace->argmax);
+    trace->logits_row = allocate(trace->length * sizeof *trace->logits_row);
+    trace->experts_row = allocate(trace->length * sizeof *trace->experts_row);
+    size_t logits = mark_positions(trace, "logits", &trace->command->logits, trace->logits_row);
+    size_t experts = mark_positions(trace, "experts", &trace->command->experts, trace->experts_row);
+    uint64_t available = available_memory(), needed = (uint64_t)logits * c->vocab_size * sizeof(float);
+    if (available && needed > available)
+        die("--logits: %zu positions of %u logits take %.1f GB of memory, %.1f GB are available", logits, c->vocab_size, (double)needed / 1e9,
+            (double)available / 1e9);
+    trace->logits = allocate((size_t)needed);
+    size_t choices = experts * c->num_hidden_layers * c->num_experts_per_tok;
+    trace->expert_ids = allocate(choices * sizeof *trace->expert_ids);
+    trace->expert_weights = allocate(choices * sizeof *trace->expert_weights);
+}
+
+static void trace_free(struct Trace *trace) {
+    free(trace->argmax);
+    free(trace->logits_row);
+    free(trace->logits);
+    free(trace->experts_row);
+    free(trace->expert_ids);
+    free(trace->expert_weights);
+}
+
+// Evaluates the next n tokens of the sequence and keeps what is wanted of them. Returns the largest logit's id at the last.
+static uint32_t trace_tokens(struct Trace *trace, struct Session *session, const uint32_t *tokens, size_t n) {
+    const struct ModelConfig *c = &trace->model->config;
+    size_t vocab = c->vocab_size, per_token = c->num_experts_per_tok, batch = session->options.batch, first = session->position;
+    bool every = session->options.logits_rows >= n;
+    forward(session, tokens, n, every ? LOGITS_ALL : LOGITS_LAST);
+    for (size_t t = 0; t < n; t++) {
+        size_t position = first + t;
+        if (every || t + 1 == n) {
+            const float *logits = session->logits + (every ? t * vocab : 0);
+            trace->argmax[position] = find_largest(logits, vocab);
+            if (trace->logits_row[position]) memcpy(trace->logits + (trace->logits_row[position] - 1) * vocab, logits, vocab * sizeof *logits);
+        }
+        if (!trace->experts_row[position]) continue;
+        for (size_t layer = 0; layer < c->num_hidden_layers; layer++) {
+            size_t to = ((trace->experts_row[position] - 1) * c->num_hidden_layers + layer) * per_token, from = (layer * batch + t) * per_token;
+            memcpy(trace->expert_ids + to, session->expert_ids + from, per_token * sizeof *trace->expert_ids);
+            memcpy(trace->expert_weights + to, session->expert_weights + from, per_token * sizeof *trace->expert_weights);
+        }
+    }
+    return trace->argmax[session->position - 1];
+}
+
+// One layer's experts of a position, sorted by id.
+static void print_experts(const struct Trace *trace, size_t layer, size_t position) {
+    size_t count = trace->model->config.num_experts_per_tok;
+    size_t start = ((trace->experts_row[position] - 1) * trace->model->config.num_hidden_layers + layer) * count;
+    const uint32_t *ids = trace->expert_ids + start;
+    printf("experts %zu %zu %zu", layer, position, count);
+    for (uint64_t printed = 0, least = 0; printed < count; printed++) {
+        size_t next = count;
+        for (size_t i = 0; i < count; i++)
+            if (ids[i] >= least && (next == count || ids[i] < ids[next])) next = i;
+        printf(" %" PRIu32 ":%.6g", ids[next], (double)trace->expert_weights[start + next]);
+        least = (uint64_t)ids[next] + 1;
+    }
+    putchar('\n');
+}
+
+static void print_trace(const struct Trace *trace, const TokenList *sequence) {
+    size_t vocab = trace->model->config.vocab_size, greedy = trace->command->greedy;
+    if (greedy) {
+        printf("greedy %zu", greedy);
+        for (size_t i = trace->length - greedy; i < trace->length; i++) printf(" %" PRIu32, sequence->ids[i]);
+        putchar('\n');
+    }
+    if (trace->command->argmax) {
+        printf("argmax %zu", trace->length);
+        for (size_t i = 0; i < trace->length; i++) printf(" %" PRIu32, trace->argmax[i]);
+        putchar('\n');
+    }
+    for (size_t position = 0; position < trace->length; position++) {
+        if (!trace->logits_row[position]) continue;
+        const float *logits = trace->logits + (trace->logits_row[position] - 1) * vocab;
+        printf("logits %zu", position);
+        for (size_t i = 0; i < vocab; i++) printf(" %.6g", (double)logits[i]);
+        putchar('\n');
+        flush_output();
+    }
+    for (size_t layer = 0; layer < trace->model->config.num_hidden_layers; layer++) {
+        if (!is_routed(&trace->model->config, layer)) continue;
+        for (size_t position = 0; position < trace->length; position++)
+            if (trace->experts_row[position]) print_experts(trace, layer, position);
+    }
+}
+
+static int command_logits(struct Command *command) {
+    bool positions = command->logits.count || command->logits.all;
+    if (!command->ids) wrong_usage(command, "--ids FILE is missing");
+    if (!command->greedy && !command->argmax && !positions && !command->experts.count)
+        wrong_usage(command, "nothing to print: give --greedy, --argmax, --logits or --experts");
+    struct Model *model = open_model(command->arguments[0], true);
+    size_t bytes;
+    char *text = read_file(command->ids, &bytes);
+    TokenList sequence = {0};
+    parse_ids(text, bytes, model->config.vocab_size, command->ids, 0, &sequence);
+    free(text);
+    if (!sequence.count) die("%s: no token ids in it", command->ids);
+
+    struct Trace trace = {.command = command, .model = model, .length = sequence.count + command->greedy};
+    trace_init(&trace);
+    size_t prompt = sequence.count, batch = min_size(micro_batch(command, model), prompt);
+    struct Session *session = open_session(command, model, &(struct SessionOptions){
+        .context = trace.length, .batch = batch, .logits_rows = command->argmax || positions ? batch : 1, .cache = (enum CacheType)command->cache});
+    uint32_t next = 0;
+    double started = clock_seconds();
+    while (session->position < trace.length) {
+        size_t done = session->position, n = done < prompt ? min_size(batch, prompt - done) : 1;
+        if (done >= prompt) push_id(&sequence, next);
+        next = trace_tokens(&trace, session, sequence.ids + done, n);
+        show_progress(command, "evaluating", (double)session->position, (double)trace.length, started);
+    }
+    end_progress(command);
+    print_trace(&trace, &sequence);
+    session_free(session);
+    trace_free(&trace);
+    free(sequence.ids);
+    model_close(model);
+    return 0;
+}
+
+// ---- inspect
+
+enum TensorGroup { GROUP_EMBEDDING, GROUP_HEAD, GROUP_NORMS, GROUP_ATTENTION, GROUP_DENSE, GROUP_ROUTERS, GROUP_EXPERTS, GROUP_SHARED, GROUP_MTP, GROUP_COUNT };
+static const char *const group_names[] = {"embedding", "head", "norms and biases", "attention", "dense feed-forward",
+                                         "routers", "routed experts", "shared experts", "MTP layer"};
+
+// What a model is made of.
+struct Census {
+    struct {
+        size_t tensors;
+        unsigned dtypes;          // bit d: a matrix of dtype d is among them
+        uint64_t weights, bytes;
+    } groups[GROUP_COUNT];
+    uint64_t weights, bytes;      // of the main model, without the MTP layer
+    uint64_t active;              // weights that take part in a token: all but the experts that were not chosen
+};
+
+static enum TensorGroup tensor_group(const struct Model *model, const char *name) {
+    size_t layer;
+    int end = 0;
+    if (strcmp(name, "model.embed_tokens.weight") == 0) return GROUP_EMBEDDING;
+    if (strcmp(name, "lm_head.weight") == 0) return GROUP_HEAD;
+    if (sscanf(name, "model.layers.%zu.%n", &layer, &end) != 1 || !end) return GROUP_NORMS;
+    if (layer >= model->config.num_hidden_layers) return GROUP_MTP;
+    name += end;
+    if (strcmp(name, "mlp.experts") == 0) return GROUP_EXPERTS;
+    if (strcmp(name, "mlp.shared_experts") == 0) return GROUP_SHARED;
+    if (strncmp(name, "mlp.gate.", 9) == 0) return GROUP_ROUTERS;
+    if (strcmp(name, "mlp") == 0) return GROUP_DENSE;
+    return strstr(name, "proj") && !strstr(name, "bias") ? GROUP_ATTENTION : GROUP_NORMS;
+}
+
+static struct Census count_tensors(const struct Model *model) {
+    const struct ModelConfig *c = &model->config;
+    struct Census census = {0};
+    for (size_t i = 0; i < model->entry_count; i++) {
+        const struct TensorEntry *entry = &model->entries[i];
+        enum TensorGroup group = tensor_group(model, entry->name);
+        uint64_t weights = 0;
+        for (unsigned part = 0; part < entry->parts; part++) {
+            weights += entry->experts * entry->rows[part] * entry->cols[part];
+            census.groups[group].dtypes |= 1u << entry->dtype[part];
+        }
+        if (strstr(entry->name, "key_transposed")) weights = 0;   // kv_b_proj.key once more
+        census.groups[group].tensors++;
+        census.groups[group].weights += weights;
+        census.groups[group].bytes += entry->bytes;
+        if (group == GROUP_MTP) continue;
+        census.weights += weights;
+        census.bytes += entry->bytes;
+        census.active += group == GROUP_EXPERTS ? weights / entry->experts * c->num_experts_per_tok : weights;
+    }
+    return census;
+}
+
+static const char *list_dtypes(unsigned dtypes, char *text, size_t size) {
+    size_t length = 0;
+    text[0] = 0;
+    for (unsigned d = DTYPE_F32; d < DTYPE_COUNT; d++)
+        if (dtypes >> d & 1 && length < size) length += (size_t)snprintf(text + length, size - length, "%s%s", length ? " " : "", dtype_name(d));
+    return text;
+}
+
+// "1.23 GB", "671 billion": three digits and a unit; units is a list of the names of 1, 1000, 1000^2...
+static const char *format_amount(double value, const char *const *units, char *text, size_t size) {
+    while (value >= 999.5 && units[1]) value /= 1000, units++;
+    snprintf(text, size, value >= 100 || value == floor(value) ? "%.0f %s" : value >= 10 ? "%.1f %s" : "%.2f %s", value, *units);
+    return text;
+}
+
+static const char *const byte_units[] = {"bytes", "kB", "MB", "GB", "TB", NULL};
+static const char *const count_units[] = {"", "thousand", "million", "billion", "trillion", NULL};
+#define BYTES(value) format_amount((double)(value), byte_units, (char[32]){0}, 32)
+#define COUNT(value) format_amount((double)(value), count_units, (char[32]){0}, 32)
+
+static void print_config(const struct Model *model) {
+    const struct ModelConfig *c = &model->config;
+#define ROW(label, ...) (printf("  %-14s", label), printf(__VA_ARGS__), putchar('\n'))
+    ROW("architecture", "%s, converted with --type %s", architecture_name(c->architecture), dtype_name(c->recipe));
+    ROW("layers", "%u of hidden size %u", c->num_hidden_layers, c->hidden_size);
+    if (c->num_nextn_predict_layers) ROW("", "and %u MTP layer%s, kept for later", c->num_nextn_predict_layers, c->num_nextn_predict_layers > 1 ? "s" : "");
+    if (is_mla(c)) {
+        ROW("attention", "MLA, %u heads of %u + %u (rope) and %u (value); latent of %u", c->num_attention_heads, c->qk_nope_head_dim,
+            c->qk_rope_head_dim, c->v_head_dim, c->kv_lora_rank);
+        if (c->q_lora_rank) ROW("", "queries through a latent of %u", c->q_lora_rank);
+    } else {
+        ROW("attention", "GQA, %u heads of %u on %u%s%s", c->num_attention_heads, c->head_dim, c->num_key_value_heads,
+            c->attention_bias ? ", with biases" : "", c->qk_norm ? ", queries and keys normalised" : "");
+    }
+    if (c->intermediate_size) ROW("feed-forward", "%u wide", c->intermediate_size);
+    if (c->n_routed_experts) {
+        ROW("experts", "%u of %u for a token, each %u wide, and %u shared", c->num_experts_per_tok, c->n_routed_experts, c->moe_intermediate_size,
+            c->n_shared_experts);
+        ROW("", "from %u of %u groups; the first %u layer%s dense", c->topk_group, c->n_group, c->first_k_dense_replace,
+            c->first_k_dense_replace == 1 ? " is" : "s are");
+    }
+    ROW("vocabulary", "%u%s", c->vocab_size, c->tie_word_embeddings ? ", the head is the embedding" : "");
+    static const char *const scalings[] = {"", ", yarn scaling", ", llama3 scaling"};
+    ROW("positions", "%u, rope theta %g%s", c->max_position_embeddings, c->rope_theta, scalings[c->rope_scaling]);
+    if (c->rope_scaling != ROPE_PLAIN) ROW("", "by %g from %u", c->rope_factor, c->rope_original_max_position_embeddings);
+}
+
+static void print_census(const struct Census *census) {
+    printf("\n  %-20s%8s  %-10s%16s%12s\n", "", "tensors", "types", "parameters", "size");
+    for (int group = 0; group < GROUP_COUNT; group++) {
+        if (!census->groups[group].tensors) continue;
+        printf("  %-20s%8zu  %-10s%16" PRIu64 "%12s\n", group_names[group], census->groups[group].tensors,
+               list_dtypes(census->groups[group].dtypes, (char[64]){0}, 64), census->groups[group].weights, BYTES(census->groups[group].bytes));
+    }
+    printf("\n  %s parameters, %s of them active for a token; %.2f bits each\n", COUNT(census->weights), COUNT(census->active),
+           (double)census->bytes * 8 / (double)census->weights);
+}
+
+static void print_tokenizer(const struct Model *model) {
+    const TokenizerSpecials *specials = tokenizer_specials(model->tokenizer);
+    printf("\n  tokenizer     ids below %" PRIu32 ";", tokenizer_size(model->tokenizer));
+    for (size_t i = 0; i < specials->stop_count; i++) printf("%s %" PRIu32, i ? "" : " generation ends at", specials->stops[i]);
+    printf("%s\n", specials->stop_count ? "" : " no id ends a generation");
+    ROW("prompts", "%s%s", specials->has_chat ? "in chat form" : specials->add_bos ? "raw, behind a beginning-of-sentence token" : "raw",
+        specials->has_chat ? specials->starts_thinking ? ", thinking is forced" : ", the model itself decides to think" : "");
+#undef ROW
+}
+
+// Text that JSON can hold: a file's name need not be UTF-8.
+static json_t *json_text(const char *text) {
+    json_t *string = json_string(text);
+    if (string) return string;
+    char ascii[256];
+    snprintf(ascii, sizeof ascii, "%s", text);
+    for (char *c = ascii; *c; c++)
+        if (*c & 0x80) *c = '?';
+    return json_string(ascii);
+}
+
+static json_t *census_json(const struct Census *census) {
+    json_t *groups = json_array();
+    for (int group = 0; group < GROUP_COUNT; group++) {
+        if (!census->groups[group].tensors) continue;
+        json_array_append_new(groups, json_pack("{s:s, s:I, s:s, s:I, s:I}", "role", group_names[group], "tensors",
+                                               (json_int_t)census->groups[group].tensors, "types",
+                                               list_dtypes(census->groups[group].dtypes, (char[64]){0}, 64), "parameters",
+                                               (json_int_t)census->groups[group].weights, "bytes", (json_int_t)census->groups[group].bytes));
+    }
+    return groups;
+}
+
+// Every field of the config, by its name in format.h.
+static json_t *config_json(const struct ModelConfig *c) {
+    json_t *object = json_pack("{s:s, s:s}", "architecture", architecture_name(c->architecture), "type", dtype_name(c->recipe));
+#define FIELD(name) json_object_set_new(object, #name, json_integer((json_int_t)c->name))
+#define REAL(name) json_object_set_new(object, #name, json_real(c->name))
+    FIELD(hidden_size), FIELD(intermediate_size), FIELD(num_hidden_layers), FIELD(num_attention_heads), FIELD(num_key_value_heads);
+    FIELD(head_dim), FIELD(vocab_size), FIELD(max_position_embeddings), FIELD(tie_word_embeddings), FIELD(attention_bias), FIELD(qk_norm);
+    FIELD(q_lora_rank), FIELD(kv_lora_rank), FIELD(qk_nope_head_dim), FIELD(qk_rope_head_dim), FIELD(v_head_dim), FIELD(n_routed_experts);
+    FIELD(n_shared_experts), FIELD(num_experts_per_tok), FIELD(moe_intermediate_size), FIELD(first_k_dense_replace), FIELD(n_group);
+    FIELD(topk_group), FIELD(norm_topk_prob), FIELD(num_nextn_predict_layers), FIELD(rope_scaling);
+    FIELD(rope_original_max_position_embeddings);
+    REAL(rms_norm_eps), REAL(rope_theta), REAL(routed_scaling_factor), REAL(rope_factor), REAL(rope_beta_fast), REAL(rope_beta_slow);
+    REAL(rope_mscale), REAL(rope_mscale_all_dim), REAL(rope_attn_factor), REAL(rope_low_freq_factor), REAL(rope_high_freq_factor);
+#undef FIELD
+#undef REAL
+    return object;
+}
+
+static json_t *tensors_json(const struct Model *model) {
+    json_t *list = json_array();
+    for (size_t i = 0; i < model->entry_count; i++) {
+        const struct TensorEntry *entry = &model->entries[i];
+        json_t *parts = json_array();
+        for (unsigned part = 0; part < entry->parts; part++)
+            json_array_append_new(parts, json_pack("{s:s, s:[I, I]}", "type", dtype_name(entry->dtype[part]), "shape",
+                                                   (json_int_t)entry->rows[part], (json_int_t)entry->cols[part]));
+        char hash[20];
+        snprintf(hash, sizeof hash, "%016" PRIx64, entry->hash);
+        json_array_append_new(list, json_pack("{s:o, s:I, s:o, s:I, s:I, s:s}", "name", json_text(entry->name), "blobs",
+                                              (json_int_t)entry->experts, "parts", parts, "offset", (json_int_t)entry->offset, "bytes",
+                                              (json_int_t)entry->bytes, "xxh3", hash));
+    }
+    return list;
+}
+
+static json_t *tokenizer_json_facts(const struct Model *model) {
+    const TokenizerSpecials *specials = tokenizer_specials(model->tokenizer);
+    json_t *stops = json_array();
+    for (size_t i = 0; i < specials->stop_count; i++) json_array_append_new(stops, json_integer(specials->stops[i]));
+    json_t *object = json_pack("{s:I, s:o, s:b, s:b, s:b}", "size", (json_int_t)tokenizer_size(model->tokenizer), "stops", stops, "add_bos",
+                               specials->add_bos, "has_chat", specials->has_chat, "starts_thinking", specials->starts_thinking);
+    const struct { const char *name; uint32_t id; } ids[] = {
+        {"bos", specials->bos}, {"eos", specials->eos}, {"user", specials->user}, {"assistant", specials->assistant},
+        {"end_of_turn", specials->end_of_turn}, {"think", specials->think}, {"end_think", specials->end_think}};
+    for (size_t i = 0; i < sizeof ids / sizeof *ids; i++)
+        json_object_set_new(object, ids[i].name, ids[i].id == TOKEN_NONE ? json_null() : json_integer(ids[i].id));
+    return object;
+}
+
+// Compares the checksum of every tensor's data; dies with the name of the first that is wrong.
+static void verify_tensors(const struct Command *command, const struct Model *model) {
+    const size_t piece = 16 << 20;
+    double total = 0, done = 0, started = clock_seconds();
+    for (size_t i = 0; i < model->entry_count; i++) total += (double)model->entries[i].bytes;
+    XXH3_state_t *state = XXH3_createState();
+    if (!state) die("out of memory");
+    for (size_t i = 0; i < model->entry_count; i++) {
+        const struct TensorEntry *entry = &model->entries[i];
+        XXH3_64bits_reset(state);
+        for (uint64_t at = 0; at < entry->bytes; at += piece) {
+            size_t step = (size_t)(entry->bytes - at < piece ? entry->bytes - at : piece);
+            XXH3_64bits_update(state, model->bytes + entry->offset + at, step);
+            done += (double)step;
+            show_progress(command, "verifying", done, total, started);
+        }
+        uint64_t hash = XXH3_64bits_digest(state);
+        if (hash == entry->hash) continue;
+        end_progress(command);
+        die("%s: tensor %s is damaged: its checksum is %016" PRIx64 ", expected %016" PRIx64, model->name, entry->name, hash, entry->hash);
+    }
+    XXH3_freeState(state);
+    end_progress(command);
+}
+
+static int command_inspect(struct Command *command) {
+    const char *path = command->arguments[0];
+    if (!path) note(command, "no model given: this is the demo");
+    struct Model *model = open_model(path ? path : "demo", false);
+    if (command->verify) verify_tensors(command, model);
+    struct Census census = count_tensors(model);
+    struct SessionOptions plan_options = {.logits_rows = 1, .cache = (enum CacheType)command->cache};
+    struct MemoryPlan plan = {0};
+    uint64_t available = available_memory();
+    if (model->has_weights) {
+        size_t most = model->config.max_position_embeddings;
+        plan_options.context = command->context != NOT_GIVEN ? command->context : min_size(most, DEFAULT_MAX_TOKENS);
+        plan_options.batch = min_size(micro_batch(command, model), plan_options.context);
+        plan = plan_memory(model, &plan_options, (int)command->threads);
+    }
+    uint64_t total = plan.weights + plan.cache + plan.scratch;
+    if (command->json) {
+        json_t *object = json_pack("{s:o, s:I, s:o}", "model", json_text(model->name), "bytes", (json_int_t)model->size, "tokenizer",
+                                   tokenizer_json_facts(model));
+        if (model->has_weights)
+            json_object_update_new(object, json_pack("{s:o, s:{s:I, s:I, s:I}, s:f, s:o, s:{s:I, s:s, s:I, s:I, s:I, s:I, s:I, s:I}, s:o}",
+                "config", config_json(&model->config),
+                "parameters", "total", (json_int_t)census.weights, "active", (json_int_t)census.active, "mtp", (json_int_t)census.groups[GROUP_MTP].weights,
+                "bits_per_weight", (double)census.bytes * 8 / (double)census.weights, "roles", census_json(&census),
+                "memory", "context", (json_int_t)plan_options.context, "cache_type", cache_names[plan_options.cache], "batch", (json_int_t)plan_options.batch,
+                "weights", (json_int_t)plan.weights, "cache", (json_int_t)plan.cache, "scratch", (json_int_t)plan.scratch,
+                "total", (json_int_t)total, "available", (json_int_t)available, "tensors", tensors_json(model)));
+        if (command->verify) json_object_set_new(object, "verified", json_true());
+        print_json(object);
+    } else {
+        printf("%s: %s%s\n", model->name, BYTES(model->size), model->has_weights ? "" : ", a tokenizer without weights");
+        if (model->has_weights) {
+            print_config(model);
+            print_census(&census);
+            printf("\n  Memory for %zu tokens of context (%s cache, micro-batches of %zu): weights %s, cache %s, scratch %s:\n  %s in all, %s available\n",
+                   plan_options.context, cache_names[plan_options.cache], plan_options.batch, BYTES(plan.weights), BYTES(plan.cache), BYTES(plan.scratch),
+                   BYTES(total), available ? BYTES(available) : "unknown");
+        }
+        print_tokenizer(model);
+        if (command->verify) printf("\n  Verified: the checksums of all %zu tensors are right.\n", model->entry_count);
+        flush_output();
+    }
+    model_close(model);
+    return 0;
+}
+
+// ====================================================================================================================
+// main: the command line's first word, threads, kernels
+// ====================================================================================================================
+
+#define R1_VERSION "0.1"
+
+static const struct CommandKind commands[] = {
+    {"run", RUN, "[OPTION]... MODEL [PROMPT|-]", 1, 2, command_run, true, "ask one question; the thinking, then the answer",
+     "Asks MODEL (an .r1 file, or the word demo) one question and streams what it thinks and answers. Without PROMPT, or\n"
+     "with -, the question is read from standard input. Ctrl-C ends the answer.\n\n"
+     "  r1 run demo \"How many r's are in strawberry?\"\n"
+     "  r1 run model.r1 --hide-thinking --seed 1 <question.txt >answer.txt"},
+    {"bench", BENCH, "[OPTION]... MODEL|SHAPE[:TYPE]", 1, 1, command_bench, true, "measure prefill and decode speed",
+     "Measures tokens per second of MODEL, or of a known model's SHAPE filled with synthetic weights: no file is needed.\n"
+     "SHAPE is r1, r1-distill-qwen-1.5b, -7b, -14b or -32b, r1-distill-llama-8b or -70b, r1-0528-qwen3-8b or\n"
+     "moonlight-16b-a3b; TYPE is f32, bf16, f8, q8 or q4 (default).\n\n"
+     "  r1 bench r1-distill-qwen-1.5b:q8\n"
+     "  r1 bench r1 --layers 4 --prefill 512,2048 --json"},
+    {"perplexity", PERPLEXITY, "[OPTION]... MODEL [TEXT.txt]", 1, 2, command_perplexity, true, "measure how well a model predicts a text",
+     "Prints the perplexity of TEXT.txt (or of --ids FILE, a sequence a line) with its standard error. --save-base keeps the\n"
+     "predictions, --kld compares another file of the same model, say a smaller type, with them.\n\n"
+     "  r1 perplexity big.r1 text.txt --save-base base.bin\n"
+     "  r1 perplexity small.r1 text.txt --kld base.bin"},
+    {"inspect", INSPECT, "[OPTION]... [MODEL]", 0, 1, command_inspect, false, "show a model's config, tensors, sizes and memory plan",
+     "Shows what MODEL (without one: the demo) is made of, and the memory that it takes.\n\n"
+     "  r1 inspect model.r1 --context 8192 --kv q8\n"
+     "  r1 inspect model.r1 --verify"},
+    {"tokenize", TOKENIZE, "[OPTION]... MODEL [TEXT]", 1, 2, command_tokenize, false, "turn text into token ids, and back",
+     "Prints the token ids of TEXT, or of every line of standard input, a line each; on a terminal with their pieces.\n\n"
+     "  r1 tokenize demo \"Hello there\"\n"
+     "  echo '[{\"role\": \"user\", \"content\": \"Hi\"}]' | r1 tokenize demo --chat"},
+    {"logits", LOGITS, "[OPTION]... MODEL --ids FILE", 1, 1, command_logits, true, "print numbers to compare with another implementation",
+     "Evaluates the ids of FILE as one prompt, then --greedy N tokens more, and prints what is asked for of this sequence,\n"
+     "positions counting from 0.\n\n"
+     "  r1 logits model.r1 --ids prompt.ids --greedy 16 --logits 0,5 --kv f32"},
+};
+#define COMMAND_TOTAL (sizeof commands / sizeof *commands)
+
+static void print_help(FILE *out) {
+    fputs("r1 runs DeepSeek-R1 and its family on a CPU.\n\nUsage: r1 COMMAND [OPTION]... MODEL ...\n\n", out);
+    for (size_t i = 0; i < COMMAND_TOTAL; i++) fprintf(out, "  %-12s%s\n", commands[i].name, commands[i].summary);
+    fputs("\nMODEL is an .r1 file, which r1-convert makes of a Hugging Face checkpoint, or the word demo: a small model that is\n"
+          "part of this program. `r1 COMMAND --help` tells more; `r1 --version` prints the version. Try:\n\n"
+          "  r1 run demo \"How many r's are in strawberry?\"\n", out);
+}
+
+#ifndef TESTING
+static int start_command(void *argument) {
+    struct Command *command = argument;
+    return command->kind->function(command);
+}
+
+static void default_counts(struct CountList *list, uint64_t value) {
+    if (list->values) return;
+    list->values = allocate(sizeof *list->values);
+    list->values[0] = value;
+    list->count = 1;
+}
+
+static void prepare_machine(struct Command *command) {
+    int cpus[MAX_THREADS];
+    if (command->threads == NOT_GIVEN) command->threads = (uint64_t)list_physical_cores(cpus, MAX_THREADS);
+    command->kernels = choose_kernels(command->isa);
+    if (command->kernels) return;
+    const struct Kernels *list[MAX_KERNEL_TABLES];
+    char names[256] = "auto";
+    size_t count = list_kernels(list);
+    for (size_t i = 0; i < count; i++) {
+        size_t length = strlen(names);
+        snprintf(names + length, sizeof names - length, ", %s", list[i]->name);
+    }
+    wrong_usage(command, "--isa %.40s: this processor and this build have %s", command->isa, names);
+}
+
+int main(int argc, char **argv) {
+    static struct Team team;
+    signal(SIGPIPE, SIG_IGN);     // flush_output() deals with closed pipes
+    if (argc < 2) {
+        print_help(stderr);
+        return 2;
+    }
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
+        print_help(stdout);
+        flush_output();
+        return 0;
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        puts("r1 " R1_VERSION);
+        flush_output();
+        return 0;
+    }
+    struct Command command = {
+        .team = &team, .threads = NOT_GIVEN, .batch = NOT_GIVEN, .context = NOT_GIVEN, .cache = CACHE_F16, .isa = "auto",
+        .max_tokens = DEFAULT_MAX_TOKENS, .seed = NOT_GIVEN, .think_budget = NOT_GIVEN, .temperature = 0.6, .top_p = 0.95,
+        .decode = 64, .layers = NOT_GIVEN,
+    };
+    for (size_t i = 0; i < COMMAND_TOTAL; i++)
+        if (strcmp(argv[1], commands[i].name) == 0) command.kind = &commands[i];
+    if (!command.kind) {
+        fprintf(stderr, "r1: unknown %s '%.60s' (r1 --help lists the commands)\n", argv[1][0] == '-' ? "option" : "command", argv[1]);
+        return 2;
+    }
+    parse_command_line(&command, argc - 2, argv + 2);
+    int status = 0;
+    if (command.help) {
+        print_command_help(command.kind);
+    } else {
+        if (command.argument_count < command.kind->least_arguments) wrong_usage(&command, "MODEL is missing");
+        default_counts(&command.prefill, 512);
+        default_counts(&command.depth, 0);
+        prepare_machine(&command);
+        if (command.kind->computes) status = team_start(&team, (int)command.threads, start_command, &command);
+        else status = command.kind->function(&command);
+    }
+    flush_output();
+    free(command.logits.values);
+    free(command.experts.values);
+    free(command.prefill.values);
+    free(command.depth.values);
+    return status;
+}
+#endif

@@ -1054,7 +1054,8 @@ static bool read_added_tokens(Builder *builder) {
     for (size_t i = 0; i < json_array_size(list); i++) {
         const json_t *entry = json_array_get(list, i), *content = json_object_get(entry, "content");
         if (!json_is_string(content) || !json_string_length(content) || json_string_length(content) > MAX_ADDED_BYTES)
-            return REFUSE(builder, "added_tokens[%zu]: expected a content of 1 to %u bytes", i, MAX_ADDED_BYTES);
+            return REFUSE(builder, "added_tokens[%zu].content: expected a string of 1 to %u bytes, got %s of %zu", i,
+                          MAX_ADDED_BYTES, describe_type(content), json_string_length(content));
         const char *text = json_string_value(content);
         size_t bytes = json_string_length(content);
         static const char *const unsupported[] = {"single_word", "lstrip", "rstrip"};
@@ -1242,7 +1243,8 @@ static bool read_pre_tokenizer(Builder *builder, const json_t *pre_tokenizer, un
         const json_t *pattern = json_object_get(json_object_get(pre_tokenizer, "pattern"), "Regex");
         const char *behavior = json_string_value(json_object_get(pre_tokenizer, "behavior"));
         const json_t *invert = json_object_get(pre_tokenizer, "invert");
-        if (!json_is_string(pattern)) return REFUSE(builder, "pre_tokenizer: Split.pattern: expected a Regex");
+        if (!json_is_string(pattern))
+            return REFUSE(builder, "pre_tokenizer: Split.pattern.Regex: expected a string, got %s", describe_type(pattern));
         if (!behavior || strcmp(behavior, "Isolated"))
             return REFUSE(builder, "pre_tokenizer: Split.behavior: expected \"Isolated\", got \"%.80s\"",
                           behavior ? behavior : "");
@@ -1281,7 +1283,7 @@ static bool read_model(Builder *builder) {
                       json_is_string(value) ? json_string_value(value) : describe_type(value));
     value = json_object_get(model, "dropout");
     if (!is_absent(value) && !(json_is_number(value) && json_number_value(value) == 0))
-        return REFUSE(builder, "model.dropout: expected null or 0");
+        return REFUSE(builder, "model.dropout: expected null or 0, got %s", describe_type(value));
     static const char *const empty[] = {"unk_token", "continuing_subword_prefix", "end_of_word_suffix"};
     for (size_t i = 0; i < 3; i++) {
         value = json_object_get(model, empty[i]);
@@ -1290,7 +1292,7 @@ static bool read_model(Builder *builder) {
                       json_is_string(value) ? json_string_value(value) : describe_type(value));
     }
     value = json_object_get(model, "byte_fallback");
-    if (!is_absent(value) && !json_is_false(value)) return REFUSE(builder, "model.byte_fallback: expected false");
+    if (!is_absent(value) && !json_is_false(value)) return REFUSE(builder, "model.byte_fallback: expected false, got %s", describe_type(value));
     if (json_is_true(json_object_get(model, "ignore_merges"))) builder->flags |= SECTION_IGNORE_MERGES;
     return read_vocabulary(builder, model) && read_merges(builder, model);
 }
@@ -1520,7 +1522,7 @@ static bool build_section(Builder *builder, Bytes *section) {
     char reason[400];
     Tokenizer *tokenizer = tokenizer_load(section->data, section->count, reason, sizeof reason);
     tokenizer_free(tokenizer);
-    return tokenizer || REFUSE(builder, "%s", reason);
+    return tokenizer || fail(builder->error, builder->error_size, "tokenizer.json: %s", reason + strlen("tokenizer: "));
 }
 
 bool tokenizer_build(const TokenizerSource *source, uint8_t **section, size_t *bytes, char *error, size_t error_size) {

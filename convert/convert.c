@@ -37,6 +37,7 @@
 #define BATCH_BYTES ((uint64_t)24 << 20)      // of output in one round; two are in memory
 #define SMALL_BATCH_BYTES ((uint64_t)512 << 10)   // not worth waking other threads
 #define SCRATCH_BYTES ((uint64_t)512 << 20)   // all threads together; fewer threads run where this does not suffice
+#define FILE_MAX_BYTES ((uint64_t)1 << 56)
 #define SYNC_BYTES ((uint64_t)1 << 30)        // written between two syncs, so that the last one is short
 
 typedef struct {
@@ -422,7 +423,7 @@ static bool read_head(const Options *options, Head *head, Failure *failure) {
         c->num_nextn_predict_layers = 0;
         if (c->first_k_dense_replace > c->num_hidden_layers) c->first_k_dense_replace = c->num_hidden_layers;
     }
-    head->config.recipe = options->recipe;
+    if (!options->tokenizer_only) head->config.recipe = options->recipe;
     ok = ok && build_tokenizer(options, &stops, vocab_size, head, failure);
     free(stops.ids);
     json_decref(config);
@@ -450,6 +451,9 @@ typedef struct {
     enum Role role;
     enum Layout layout;
     Source *sources;                     // of expert e and part p: sources[e * parts + p]; the kv_b factors have one
+    size_t source_count;
+    uint8_t widest[ENTRY_MAX_PARTS];     // bytes of an element in the widest source of the part
+    bool rescaled[ENTRY_MAX_PARTS];      // f8 from a source that is not: a scale needs the whole 128-row block
     uint32_t tensors;                    // of the checkpoint that are told in this line
     uint64_t weights;
 } Planned;
@@ -490,6 +494,7 @@ static Planned *add_planned(Plan *plan, enum Role role, const char *name, uint16
         return NULL;
     }
     memcpy(planned->entry.name, name, strlen(name));
+    planned->source_count = source_count;
     planned->tensors = (uint32_t)source_count;
     return planned;
 }
@@ -551,7 +556,13 @@ static uint32_t choose_dtype(const Plan *plan, bool bulk, uint8_t source) {
     return plan->recipe == DTYPE_Q4 && !bulk ? DTYPE_Q8 : plan->recipe;
 }
 
+// Fills in a part whose sources are known.
 static void set_part(Planned *planned, unsigned part, uint32_t dtype, uint64_t rows, uint64_t cols) {
+    for (uint64_t i = part; i < planned->source_count; i += planned->entry.parts) {
+        const SourceTensor *weight = planned->sources[i].weight;
+        if (weight->element_bytes > planned->widest[part]) planned->widest[part] = weight->element_bytes;
+        if (dtype == DTYPE_F8 && weight->dtype != SOURCE_F8) planned->rescaled[part] = true;
+    }
     planned->entry.dtype[part] = dtype;
     planned->entry.rows[part] = rows;
     planned->entry.cols[part] = cols;
@@ -788,17 +799,21 @@ static bool make_plan(Plan *plan, bool quiet) {
 }
 
 // Gives every section and tensor its place.
-static void place_tensors(Plan *plan, size_t tokenizer_bytes) {
+static bool place_tensors(Plan *plan, size_t tokenizer_bytes) {
     plan->table_offset = align_up(sizeof(struct FilePreamble) + sizeof(struct ModelConfig) + tokenizer_bytes, 64);
     uint64_t end = plan->table_offset + plan->count * sizeof(struct TensorEntry);
     for (size_t i = 0; i < plan->count; i++) {
         struct TensorEntry *entry = &plan->tensors[i].entry;
         entry->stride = blob_bytes(entry);
-        entry->bytes = entry->experts * entry->stride;
         entry->offset = align_up(end, FORMAT_PAGE);
-        end = entry->offset + entry->bytes;
+        // Shards may be sparse files that only claim to be huge.
+        if (__builtin_mul_overflow(entry->experts, entry->stride, &entry->bytes) || entry->bytes > FILE_MAX_BYTES ||
+            (end = entry->offset + entry->bytes) > FILE_MAX_BYTES) {
+            return fail(plan->failure, "tensor %s: the model is too large to be true", entry->name);
+        }
     }
     plan->file_bytes = end;
+    return true;
 }
 
 static void free_plan(Plan *plan) {
@@ -832,15 +847,10 @@ static const Source *unit_source(const Planned *planned, uint64_t blob, unsigned
     return &planned->sources[planned->layout == LAYOUT_PLAIN ? blob * planned->entry.parts + part : 0];
 }
 
-static unsigned source_bytes(const Source *source) { return source->weight->element_bytes; }
-
-// f8 from other sources needs the whole 128-row block for its scale.
-static bool makes_f8(const Source *source, uint32_t dtype) { return dtype == DTYPE_F8 && source->weight->dtype != SOURCE_F8; }
-
 static uint64_t unit_rows(const Planned *planned, unsigned part) {
     const struct TensorEntry *entry = &planned->entry;
     if (planned->layout != LAYOUT_PLAIN || entry->is_vector) return entry->rows[part];
-    return makes_f8(unit_source(planned, 0, part), entry->dtype[part]) ? F8_BLOCK : PANEL_ROWS;
+    return planned->rescaled[part] ? F8_BLOCK : PANEL_ROWS;
 }
 
 static void *carve(uint8_t *base, uint64_t *used, uint64_t bytes) {
@@ -852,16 +862,14 @@ static void *carve(uint8_t *base, uint64_t *used, uint64_t bytes) {
 // Bytes of scratch for a unit of source_rows x source_cols; sets the buffers if there is memory at base.
 static uint64_t lay_out_buffers(const Planned *planned, unsigned part, uint8_t *base, Buffers *buffers) {
     const struct TensorEntry *entry = &planned->entry;
-    const Source *source = unit_source(planned, 0, part);
     uint32_t dtype = entry->dtype[part];
-    bool turn = planned->layout == LAYOUT_KEY_TRANSPOSED, quantise = makes_f8(source, dtype);
+    bool turn = planned->layout == LAYOUT_KEY_TRANSPOSED, rescaled = planned->rescaled[part];
     uint64_t rows = turn ? entry->cols[part] : unit_rows(planned, part), cols = turn ? entry->rows[part] : entry->cols[part];
     // The first and the last row may stand inside a block.
-    uint64_t loaded = quantise && planned->layout != LAYOUT_PLAIN ? rows + 2 * F8_BLOCK : rows, used = 0;
+    uint64_t loaded = rescaled && planned->layout != LAYOUT_PLAIN ? rows + 2 * F8_BLOCK : rows, used = 0;
     Buffers b;
-    // An expert's source may have another dtype than the first one's: room for the largest.
-    b.raw = carve(base, &used, loaded * cols * (entry->experts > 1 ? 4 : source_bytes(source)));
-    b.values = carve(base, &used, dtype == DTYPE_F8 && !quantise && entry->experts == 1 ? 0 : loaded * cols * sizeof(float));
+    b.raw = carve(base, &used, loaded * cols * planned->widest[part]);
+    b.values = carve(base, &used, dtype == DTYPE_F8 && !rescaled ? 0 : loaded * cols * sizeof(float));
     b.codes = carve(base, &used, dtype == DTYPE_F8 ? rows * cols : 0);
     b.grid = carve(base, &used, (loaded / F8_BLOCK + 2) * (cols / F8_BLOCK + 1) * sizeof(float));
     b.scales = carve(base, &used, (cols > rows ? cols : rows) / K_GROUP * sizeof(float) + sizeof(float));
@@ -1594,7 +1602,7 @@ static bool convert(const Options *options, Failure *failure) {
         plan.checkpoint = &checkpoint;
         ok = open_checkpoint(&checkpoint, options->directory, failure) && make_plan(&plan, options->quiet);
     }
-    if (ok) place_tensors(&plan, head.tokenizer_bytes);
+    ok = ok && place_tensors(&plan, head.tokenizer_bytes);
     if (ok && options->dry_run) print_plan(options, &plan);
     if (ok && !options->dry_run) ok = write_file(options, &plan, &head, failure);
     if (ok && !options->dry_run && !options->quiet) {
@@ -1615,7 +1623,7 @@ int main(int argc, char **argv) {
     for (int code = 0; code < 256; code++) e4m3_values[code] = e4m3_to_float((uint8_t)code);
     Failure failure = {0};
     if (convert(&options, &failure)) {
-        if (fflush(stdout) == 0) return 0;
+        if (fflush(stdout) == 0 && !ferror(stdout)) return 0;
         fail(&failure, "standard output: %s", strerror(errno));
     }
     // Names come from files: nothing that a terminal would obey gets through.

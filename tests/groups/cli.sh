@@ -1,0 +1,151 @@
+# The command line: options, exit statuses, standard input and output, seeds, JSON.
+
+question="How many r's are in strawberry?"
+answer="There are 3 r's in strawberry."
+small=$(model llama_bf16 q8)
+
+# output NAME EXPECTED COMMAND...: status 0 and exactly this on standard output (EXPECTED as printf takes it).
+output() {
+    local name=$1 status
+    printf "$2" >"$scratch/expected"
+    shift 2
+    timeout 120 "$@" >"$scratch/got" 2>"$scratch/error"
+    status=$?
+    if [ $status = 0 ]; then same "$name" "$scratch/expected" "$scratch/got"
+    else fail "$name" "status $status: $(brief "$scratch/error")"; fi
+}
+
+# ---- help and wrong usage
+
+passes "--help" "$r1" --help
+for command in run bench perplexity inspect tokenize logits; do
+    timeout 20 "$r1" $command --help >"$scratch/got" 2>"$scratch/error" </dev/null
+    status=$?
+    if [ $status = 0 ] && [ ! -s "$scratch/error" ] && grep -q "r1 $command" "$scratch/got"; then ok "$command --help"
+    else fail "$command --help" "expected status 0 and \"r1 $command\" on standard output, got status $status: $(brief "$scratch/got") $(brief "$scratch/error")"; fi
+done
+rejects "no command" 2 'usage|command|--help' "$r1"
+rejects "an unknown command" 2 'frobnicate' "$r1" frobnicate
+rejects "an unknown option" 2 'frobnicate' "$r1" run demo --frobnicate hello
+rejects "an unknown short option" 2 "-z|'z'" "$r1" run demo -z hello
+rejects "run without a model" 2 'MODEL' "$r1" run
+rejects "too many arguments" 2 'three|argument|usage' "$r1" run demo one two three
+rejects "logits without --ids" 2 '--ids' "$r1" logits demo
+rejects "an option without its value" 2 'seed' "$r1" run demo hello --seed
+for wrong in "-n -5" "-n 3.5" "-n many" "-n 99999999999999999999" "-t 0" "-t -1" "-t x" "-c 0" "--batch 0" "--batch -3" "--temperature -1" \
+    "--temperature nan" "--temperature hot" "--top-p 1.5" "--top-p -0.1" "--top-k -1" "--min-p 2" "--seed x" "--kv q3" "--isa mmx" "--color blue"; do
+    rejects "$wrong" 2 "${wrong%% *}" "$r1" run demo hello ${wrong%% *} "${wrong#* }"
+done
+
+# ---- what run prints
+
+output "the answer alone with --hide-thinking" "$answer\n" "$r1" run demo --temperature 0 --hide-thinking "$question"
+printf '%s\n' "$question" >"$scratch/question"
+output "a prompt from standard input" "$answer\n" "$r1" run demo --temperature 0 --hide-thinking <"$scratch/question"
+output "a prompt from standard input by -" "$answer\n" "$r1" run demo - --temperature 0 --hide-thinking <"$scratch/question"
+printf '%s' "$question" >"$scratch/question"
+output "a prompt without a newline" "$answer\n" "$r1" run demo --temperature 0 --hide-thinking <"$scratch/question"
+output "--option=VALUE" "$answer\n" "$r1" run demo --temperature=0 --hide-thinking "$question"
+for option in "-t 1" "-t 2" "--batch 3" "--kv f32" "--kv q8" "-c 400" "--isa portable" "-q"; do
+    output "the same answer with $option" "$answer\n" "$r1" run demo --temperature 0 --hide-thinking $option "$question"
+done
+
+rejects "thinking that never ends, with --hide-thinking" 1 'think' "$r1" run demo --temperature 0 --hide-thinking -n 5 -q "$question"
+timeout 60 "$r1" run demo --temperature 0 --hide-thinking -n 5 "$question" >"$scratch/got" 2>/dev/null </dev/null
+if [ -s "$scratch/got" ]; then fail "and nothing on standard output" "got $(brief "$scratch/got")"; else ok "and nothing on standard output"; fi
+timeout 60 "$r1" run demo --temperature 0 -n 5 "$question" >"$scratch/got" 2>/dev/null </dev/null
+if [ "$(head -n 1 "$scratch/got")" = "<think>" ] && [ "$(wc -c <"$scratch/got")" -lt 60 ]; then ok "-n 5 prints a short piece"
+else fail "-n 5 prints a short piece" "got $(brief "$scratch/got")"; fi
+if LC_ALL=C grep -q $'\033' "$scratch/got"; then fail "no colours in a pipe" "there are escape sequences"; else ok "no colours in a pipe"; fi
+timeout 60 "$r1" run demo --temperature 0 --color always "$question" >"$scratch/got" 2>/dev/null </dev/null
+if LC_ALL=C grep -q $'\033' "$scratch/got"; then ok "--color always dims the thinking"; else fail "--color always dims the thinking" "there are no escape sequences"; fi
+rejects "a prompt longer than the context" 1 'context' "$r1" run demo -c 10 "$question" -q
+passes "an empty prompt" "$r1" run demo --temperature 0 -n 200 ""
+
+# ---- sampling
+
+"$r1" run demo --seed 7 --temperature 1.5 --top-p 1 -n 60 "Hi" >"$scratch/first" 2>"$scratch/error" </dev/null
+"$r1" run demo --seed 7 --temperature 1.5 --top-p 1 -n 60 "Hi" >"$scratch/second" 2>/dev/null </dev/null
+same "a seed gives the same text again" "$scratch/first" "$scratch/second"
+"$r1" run demo --seed 7 --temperature 1.5 --top-p 1 -n 60 -t 1 "Hi" >"$scratch/second" 2>/dev/null </dev/null
+same "with any number of threads" "$scratch/first" "$scratch/second"
+different=no
+for seed in 8 9 10 11 12; do
+    "$r1" run demo --seed $seed --temperature 1.5 --top-p 1 -n 60 "Hi" 2>/dev/null </dev/null | cmp -s - "$scratch/first" || different=yes
+done
+if [ $different = yes ]; then ok "other seeds give other texts"; else fail "other seeds give other texts" "five seeds gave the text of seed 7"; fi
+"$r1" run demo -n 20 "Hi" >/dev/null 2>"$scratch/error" </dev/null
+seed=$(grep -oE 'seed [0-9]+' "$scratch/error" | grep -oE '[0-9]+' | head -n 1)
+if [ -n "$seed" ]; then ok "a sampled run prints its seed"; else fail "a sampled run prints its seed" "got $(brief "$scratch/error")"; fi
+for option in "--top-k 1" "--min-p 1" "--top-p 0"; do
+    output "$option takes the most likely token" "$answer\n" "$r1" run demo --hide-thinking --seed 3 $option "$question"
+done
+
+# ---- pipes
+
+"$r1" run demo --temperature 0 "$question" 2>"$scratch/error" </dev/null | head -c 1 >/dev/null
+status=${PIPESTATUS[0]}
+if [ "$status" -lt 128 ] || [ "$status" = 141 ]; then ok "a pipe that is closed early"; else fail "a pipe that is closed early" "status $status"; fi
+if [ -w /dev/full ]; then
+    "$r1" inspect demo >/dev/full 2>"$scratch/error" </dev/null
+    status=$?
+    if [ $status = 1 ] && grep -q '^r1: ' "$scratch/error"; then ok "a full disk under standard output"
+    else fail "a full disk under standard output" "expected status 1 and a sentence, got $status: $(brief "$scratch/error")"; fi
+fi
+
+# ---- tokenize
+
+printf '\nhello\n\n' >"$scratch/lines"
+"$r1" tokenize demo --ids-only <"$scratch/lines" >"$scratch/got" 2>"$scratch/error"
+if [ "$(sed -n '1p;3p' "$scratch/got" | tr -d '\n')" = "" ] && [ "$(wc -l <"$scratch/got")" = 3 ] && [ -n "$(sed -n 2p "$scratch/got")" ]; then
+    ok "an empty line in gives an empty line out"
+else
+    fail "an empty line in gives an empty line out" "got $(brief "$scratch/got")"
+fi
+output "tokenize and decode" "Hello, world\n" bash -c "'$r1' tokenize demo 'Hello, world' --ids-only | '$r1' tokenize demo --decode"
+rejects "decode an id beyond the vocabulary" 1 '600' bash -c "'$r1' tokenize demo --decode <<<600"
+rejects "decode an id without a token" 1 '500' bash -c "'$r1' tokenize demo --decode <<<500"
+rejects "decode what is no id" 1 'x12' bash -c "'$r1' tokenize demo --decode <<<'x12'"
+rejects "hexadecimal that is none" 1 'hex' bash -c "'$r1' tokenize demo --hex <<<'0g'"
+rejects "a chat that is not JSON" 1 'JSON|json' bash -c "'$r1' tokenize demo --chat <<<'[{'"
+rejects "a chat with an unknown role" 1 'role|wizard' bash -c "'$r1' tokenize demo --chat <<<'[{\"role\": \"wizard\", \"content\": \"x\"}]'"
+
+# ---- logits and perplexity
+
+echo "0 1 2 600" >"$scratch/ids"
+rejects "ids beyond the vocabulary" 1 '600' "$r1" logits demo --ids "$scratch/ids" --argmax
+echo "0 1 two" >"$scratch/ids"
+rejects "ids that are none" 1 'two' "$r1" logits demo --ids "$scratch/ids" --argmax
+: >"$scratch/ids"
+rejects "no ids" 1 'ids|empty' "$r1" logits demo --ids "$scratch/ids" --argmax
+rejects "ids that are not there" 1 'No such file' "$r1" logits demo --ids "$scratch/nowhere" --argmax
+echo "0 5 6 7" >"$scratch/ids"
+rejects "a position beyond the sequence" 1 'position|4' "$r1" logits demo --ids "$scratch/ids" --logits 4
+rejects "positions that are none" 2 'logits' "$r1" logits demo --ids "$scratch/ids" --logits 1,x
+output "greedy tokens are not stopped by an end of sequence" "300\n" bash -c "'$r1' logits demo --ids '$scratch/ids' --greedy 300 | awk '\$1 == \"greedy\" { print NF - 2 }'"
+
+# Sums of the demo: text that it knows.
+for i in 1 2 3 4 5 6 7 8 9; do echo "What is $i + $i? $i + $i = $((i + i))"; done >"$scratch/text"
+timeout 120 "$r1" perplexity demo "$scratch/text" --json 2>"$scratch/error" >"$scratch/got" </dev/null
+if said=$("$build/tests/check_json" perplexity:number <"$scratch/got"); then ok "perplexity --json"; else fail "perplexity --json" "$said: $(brief "$scratch/got") $(brief "$scratch/error")"; fi
+"$r1" tokenize demo --ids-only <"$scratch/text" >"$scratch/ids" 2>/dev/null
+passes "perplexity --ids --save-base" "$r1" perplexity demo --ids "$scratch/ids" --save-base "$scratch/base"
+timeout 120 "$r1" perplexity demo --ids "$scratch/ids" --kld "$scratch/base" >"$scratch/got" 2>"$scratch/error" </dev/null
+status=$?
+if [ $status = 0 ]; then ok "perplexity --kld"; else fail "perplexity --kld" "status $status: $(brief "$scratch/error")"; fi
+head -c 100 "$scratch/base" >"$scratch/short"
+rejects "a base that is cut short" 1 'short' "$r1" perplexity demo --ids "$scratch/ids" --kld "$scratch/short"
+rejects "a base of another model" 1 'base' "$r1" perplexity "$small" --ids <(echo 5 6 7) --kld "$scratch/base"
+
+# ---- JSON
+
+if said=$("$r1" inspect demo --json 2>/dev/null </dev/null | "$build/tests/check_json"); then ok "inspect --json"; else fail "inspect --json" "$said"; fi
+timeout 300 "$r1" bench demo --prefill 16,32 --decode 4 --depth 0,8 --json >"$scratch/got" 2>"$scratch/error" </dev/null
+if said=$("$build/tests/check_json" model:string type:string isa:string threads:number machine.read_gb_s:number machine.int8_gmac_s:number \
+    load_s:number prefill.0.tokens=16 prefill.1.tokens=32 prefill.0.depth=0 prefill.0.tok_s:number prefill.0.gmac_s:number \
+    prefill.0.fraction:number decode.0.depth=0 decode.1.depth=8 decode.0.tok_s:number decode.0.bytes_per_token:number decode.0.gb_s:number \
+    decode.0.fraction:number <"$scratch/got"); then ok "bench --json"
+else fail "bench --json" "$said: $(brief "$scratch/error")"; fi
+passes "bench of a known shape, one layer" "$r1" bench r1-distill-qwen-1.5b:q4 --layers 1 --prefill 8 --decode 2
+rejects "bench of an unknown shape" 1 'gpt-9' "$r1" bench gpt-9
+rejects "bench of a shape that does not fit" 1 'memory|GB' "$r1" bench r1:f32

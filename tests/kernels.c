@@ -1,0 +1,392 @@
+// Tests every kernel table that this processor can run: the products against exact sums in double, everything against
+// the portable table, and that a token's result has the same bits whichever other tokens are in the call.
+//
+// Prints one line `ok   kernels: TABLE: WHAT` or `FAIL kernels: TABLE: WHAT: WHY` for each thing and ends with status 1
+// if one failed. Buffers are allocated to the exact byte, so that a build with the address sanitizer sees every read
+// beyond an end.
+#include "../r1.c"
+
+static const size_t COLS[] = {32, 64, 96, 224, 256, 288, 512, 1536, 8960};
+enum { COLS_COUNT = sizeof COLS / sizeof *COLS, MAX_COLS = 8960 };
+
+// ---- reporting
+
+static bool any_failed;
+static char failure[512];        // the first failure of the thing under test; empty: none
+
+#define EXPECT(condition, ...)                                                                                          \
+    do {                                                                                                                \
+        if (!(condition) && !failure[0]) snprintf(failure, sizeof failure, __VA_ARGS__);                                \
+    } while (0)
+
+static void report(const char *table, const char *what) {
+    if (failure[0]) printf("FAIL kernels: %s: %s: %s\n", table, what, failure);
+    else printf("ok   kernels: %s: %s\n", table, what);
+    any_failed |= failure[0] != 0;
+    failure[0] = 0;
+}
+
+// ---- random numbers and memory
+
+static uint64_t random_state = 0x9e3779b97f4a7c15;
+
+static uint32_t random_bits(void) {      // xorshift64*
+    random_state ^= random_state >> 12;
+    random_state ^= random_state << 25;
+    random_state ^= random_state >> 27;
+    return (uint32_t)(random_state * 0x2545f4914f6cdd1d >> 32);
+}
+
+static int random_integer(int low, int high) { return low + (int)(random_bits() % (uint32_t)(high - low + 1)); }
+static float random_float(void) { return (float)(int32_t)random_bits() * 0x1p-31f; }     // -1 to 1
+
+// `bytes` bytes at `offset` beyond a multiple of 64; nothing lies behind them. free_buffer() takes the same offset.
+static void *new_buffer(size_t bytes, size_t offset) {
+    char *memory;
+    if (posix_memalign((void **)&memory, 64, bytes + offset)) exit(2);
+    memset(memory, 0, bytes + offset);
+    return memory + offset;
+}
+
+static void free_buffer(void *buffer, size_t offset) { free((char *)buffer - offset); }
+
+static bool same_bits(const float *a, const float *b, size_t n) { return memcmp(a, b, n * sizeof *a) == 0; }
+
+// ---- panels and rows
+
+// TINY keeps every sum below 2^24 with all scales 1: then each table must give the same bits whatever it adds first.
+// EDGES takes only the largest weights, quants and sub-scales.
+enum Filling { RANDOM, EDGES, TINY };
+
+// Fills a panel with weights of every kind that its format has; the last row is zero (for q4, whose table has no zero,
+// its scale is).
+static void fill_panel(uint32_t dtype, uint8_t *panel, size_t cols, enum Filling filling) {
+    uint8_t *block = panel;
+    float *row_scales = (float *)(void *)panel;
+    size_t zero_row = PANEL_ROWS - 1;
+    if (dtype == DTYPE_Q4) {
+        for (size_t r = 0; r < PANEL_ROWS; r++) row_scales[r] = r == zero_row ? 0 : filling == TINY ? 1 : random_float();
+        block += panel_head_bytes(dtype);
+    }
+    unsigned code = random_bits() & 0xff;
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first), heads = block_head_bytes(dtype, length);
+        uint8_t *w = block + heads;
+        if (dtype == DTYPE_F8)
+            for (size_t i = 0; i < 8; i++) ((float *)(void *)block)[i] = filling == TINY ? 1 : random_float();
+        if (dtype == DTYPE_Q8)
+            for (size_t r = 0; r < PANEL_ROWS; r++) ((float *)(void *)block)[r] = filling == TINY ? 1 : random_float();
+        if (dtype == DTYPE_Q4)           // every byte in turn; EDGES: -128 and 127, the largest either way
+            for (size_t i = 0; i < heads; i++)
+                block[i] = filling == TINY ? "\2\3\xfe\xff"[i & 3] : filling == EDGES ? "\x80\x7f"[(first + i / PANEL_ROWS) & 1] : (uint8_t)code++;
+        for (size_t k = 0; k < length; k++)
+            for (size_t r = 0; r < PANEL_ROWS; r++) {
+                bool zero = r == zero_row;
+                switch (dtype) {
+                case DTYPE_F32:
+                    ((float *)(void *)w)[k * PANEL_ROWS + r] = zero ? 0 : filling == TINY ? (float)random_integer(-3, 3) : random_float();
+                    break;
+                case DTYPE_BF16: {
+                    float value = zero ? 0 : filling == TINY ? (float)random_integer(-3, 3) : random_float();
+                    ((uint16_t *)(void *)w)[k / 2 * 2 * PANEL_ROWS + r * 2 + k % 2] = (uint16_t)(bits_from_float(value) >> 16);
+                    break;
+                }
+                case DTYPE_F8: {         // RANDOM: every code in turn but the two not-a-numbers; EDGES: subnormals
+                    uint8_t e4m3 = filling == TINY ? (uint8_t)(0x38 + (random_bits() & 0x88)) : filling == EDGES ? random_bits() & 0x87 : (uint8_t)code++;
+                    if ((e4m3 & 0x7f) == 0x7f) e4m3 ^= 1;
+                    w[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = zero ? 0x80 & e4m3 : e4m3;
+                    break;
+                }
+                case DTYPE_Q8: {
+                    int q = filling == TINY ? random_integer(-3, 3) : filling == EDGES ? (r & 1 ? -127 : 127) : random_integer(-127, 127);
+                    w[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = (uint8_t)(zero ? 0 : q);
+                    break;
+                }
+                case DTYPE_Q4:           // two columns a byte: every byte is written twice
+                    w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4] = filling == EDGES ? (r & 1 ? 0x00 : 0xff) : (uint8_t)random_bits();
+                    break;
+                }
+            }
+        block = w + value_bytes(dtype, length);
+    }
+}
+
+// The weight at row r, column k, and for the block it lies in.
+static double panel_weight(uint32_t dtype, const uint8_t *panel, size_t cols, size_t r, size_t k) {
+    size_t first = k / K_BLOCK * K_BLOCK, length = min_size(K_BLOCK, cols - first), j = k - first;
+    const uint8_t *block = panel + panel_head_bytes(dtype);
+    for (size_t i = 0; i < first; i += K_BLOCK) block += block_head_bytes(dtype, K_BLOCK) + value_bytes(dtype, K_BLOCK);
+    const uint8_t *w = block + block_head_bytes(dtype, length);
+    const float *scales = (const float *)(const void *)block;
+    switch (dtype) {
+    case DTYPE_F32: return ((const float *)(const void *)w)[j * PANEL_ROWS + r];
+    case DTYPE_BF16: return float_from_bf16(((const uint16_t *)(const void *)w)[j / 2 * 2 * PANEL_ROWS + r * 2 + j % 2]);
+    case DTYPE_F8: {
+        uint8_t e4m3 = w[j / 4 * 4 * PANEL_ROWS + r * 4 + j % 4];
+        int exponent = e4m3 >> 3 & 15, mantissa = e4m3 & 7;
+        double magnitude = exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
+        return (e4m3 & 0x80 ? -magnitude : magnitude) * scales[j / K_GROUP];
+    }
+    case DTYPE_Q8: return (double)scales[r] * (int8_t)w[j / 4 * 4 * PANEL_ROWS + r * 4 + j % 4];
+    default: {
+        uint8_t pair = w[j / 8 * 4 * PANEL_ROWS + r * 4 + j % 4], sub = block[j / K_GROUP * PANEL_ROWS + r];
+        int value = Q4_TABLE[j % 8 < 4 ? pair & 15 : pair >> 4] + (sub & 1 ? Q4_SHIFT : 0);
+        return (double)((const float *)(const void *)panel)[r] * (int8_t)(sub & 0xfe) * value;
+    }
+    }
+}
+
+static struct Row new_row(size_t cols, enum Filling filling) {
+    size_t blocks = ceil_div(cols, K_BLOCK), groups = cols / K_GROUP;
+    float *values = new_buffer(cols * sizeof *values, 0), *scales = new_buffer(blocks * sizeof *scales, 0);
+    int8_t *quants = new_buffer(cols, 0);
+    int32_t *sums = new_buffer(groups * sizeof *sums, 0);
+    int sign = random_bits() & 1 ? 1 : -1;
+    for (size_t b = 0; b < blocks; b++) scales[b] = filling == TINY ? 1 : random_float();
+    for (size_t k = 0; k < cols; k++) {
+        quants[k] = (int8_t)(filling == TINY ? random_integer(-1, 1) : filling == EDGES ? sign * 127 : random_integer(-127, 127));
+        values[k] = filling == TINY ? (float)random_integer(-3, 3) : random_float();
+        sums[k / K_GROUP] += quants[k];
+    }
+    return (struct Row){values, quants, scales, sums};
+}
+
+static void free_row(struct Row row) {
+    free((void *)row.values);
+    free((void *)row.quants);
+    free((void *)row.scales);
+    free((void *)row.sums);
+}
+
+// ---- tests
+
+// A table's product of one dtype.
+static void test_product(const struct Kernels *table, uint32_t dtype, enum Filling filling) {
+    bool integer = dtype == DTYPE_Q8 || dtype == DTYPE_Q4;
+    for (size_t c = 0; c < COLS_COUNT; c++) {
+        size_t cols = COLS[c], offset = c & 1 ? 32 : 0;       // panels are promised to be aligned to 32 bytes, not more
+        uint8_t *panel = new_buffer(panel_bytes(dtype, cols), offset);
+        fill_panel(dtype, panel, cols, filling);
+        struct Row rows[TILE_TOKENS];
+        for (size_t t = 0; t < TILE_TOKENS; t++) rows[t] = new_row(cols, filling);
+
+        float alone[TILE_TOKENS][PANEL_ROWS], portable[TILE_TOKENS][PANEL_ROWS];
+        for (size_t t = 0; t < TILE_TOKENS; t++) {
+            memset(alone[t], 0xff, sizeof alone[t]);          // the kernel must overwrite what was there
+            table->product[dtype](panel, cols, rows + t, 1, alone[t]);
+        }
+        portable_kernels.product[dtype](panel, cols, rows, TILE_TOKENS, portable[0]);
+        for (size_t t = 0; t < TILE_TOKENS; t++)
+            for (size_t r = 0; r < PANEL_ROWS; r++) {
+                if (filling == TINY || (integer && cols <= K_BLOCK)) {
+                    EXPECT(same_bits(&alone[t][r], &portable[t][r], 1), "%zu columns, row %zu: %.9g, not %.9g as the portable table",
+                           cols, r, (double)alone[t][r], (double)portable[t][r]);
+                    continue;
+                }
+                if (t > 1) continue;                          // decoding weights one by one is slow
+                double exact = 0, size = 0;
+                for (size_t k = 0; k < cols; k++) {
+                    double value = integer ? (double)rows[t].quants[k] * rows[t].scales[k / K_BLOCK] : rows[t].values[k];
+                    double product = panel_weight(dtype, panel, cols, r, k) * value;
+                    exact += product;
+                    size += fabs(product);
+                }
+                EXPECT(fabs(alone[t][r] - exact) <= 1e-5 * size, "%zu columns, row %zu: %.9g, not %.9g (products of %.3g in all)",
+                       cols, r, (double)alone[t][r], exact, size);
+            }
+
+        // The same tokens in company, in another order.
+        for (size_t n = 2; n <= TILE_TOKENS; n++) {
+            struct Row some[TILE_TOKENS];
+            float *together = new_buffer(n * PANEL_ROWS * sizeof *together, 0);
+            for (size_t t = 0; t < n; t++) some[t] = rows[(t * 3 + n) % TILE_TOKENS];
+            memset(together, 0xff, n * PANEL_ROWS * sizeof *together);
+            table->product[dtype](panel, cols, some, n, together);
+            for (size_t t = 0; t < n; t++)
+                EXPECT(same_bits(together + t * PANEL_ROWS, alone[(t * 3 + n) % TILE_TOKENS], PANEL_ROWS),
+                       "%zu columns: token %zu of %zu differs from the same token alone", cols, t, n);
+            free_buffer(together, 0);
+        }
+        for (size_t t = 0; t < TILE_TOKENS; t++) free_row(rows[t]);
+        free_buffer(panel, offset);
+    }
+}
+
+static void test_products(const struct Kernels *table) {
+    static const char *const fillings[] = {"random", "largest and smallest", "tiny integer"};
+    for (uint32_t dtype = DTYPE_F32; dtype < DTYPE_COUNT; dtype++)
+        for (int filling = RANDOM; filling <= TINY; filling++) {
+            char what[96];
+            snprintf(what, sizeof what, "product %s, %s weights", dtype_name(dtype), fillings[filling]);
+            test_product(table, dtype, filling);
+            report(table->name, what);
+        }
+}
+
+static void test_quantize_row(const struct Kernels *table) {
+    static const float specials[] = {0, -0.0f, INFINITY, -INFINITY, NAN, 1e-42f, -1e-38f, 3e38f, 1e-30f, 127, 0.5f, 1.5f, -2.5f};
+    for (size_t c = 0; c < COLS_COUNT; c++)
+        for (int kind = 0; kind < 24; kind++) {
+            size_t cols = COLS[c], blocks = ceil_div(cols, K_BLOCK), groups = cols / K_GROUP;
+            float *x = new_buffer(cols * sizeof *x, 0), *scales = new_buffer(blocks * sizeof *scales, 0), *want_scales = new_buffer(blocks * sizeof *scales, 0);
+            int8_t *quants = new_buffer(cols, 0), *want = new_buffer(cols, 0);
+            int32_t *sums = new_buffer(groups * sizeof *sums, 0), *want_sums = new_buffer(groups * sizeof *sums, 0);
+            for (size_t k = 0; k < cols; k++) {
+                float special = specials[random_bits() % (sizeof specials / sizeof *specials)];
+                switch (kind) {
+                case 0: x[k] = 0; break;
+                case 1: x[k] = special; break;
+                case 2: x[k] = random_float() * 1e-38f; break;             // scales at the edge of the smallest
+                case 3: x[k] = random_float() * 1e-36f; break;
+                case 4: x[k] = random_float() * 3e38f; break;
+                case 5: x[k] = (float)random_integer(-254, 254) * 0.5f; break;   // ties
+                case 6: x[k] = NAN; break;
+                case 7: x[k] = float_from_bits(random_bits()); break;
+                default: x[k] = random_bits() % 97 ? random_float() : kind & 1 ? special : 2 * random_float();
+                }
+            }
+            if (kind == 5)
+                for (size_t k = 0; k < cols; k += K_BLOCK) x[k] = 127;     // scale 1
+            portable_kernels.quantize_row(x, cols, want, want_scales, want_sums);
+            table->quantize_row(x, cols, quants, scales, sums);
+            EXPECT(same_bits(scales, want_scales, blocks), "%zu columns, input %d: scales differ", cols, kind);
+            EXPECT(!memcmp(quants, want, cols), "%zu columns, input %d: integers differ", cols, kind);
+            EXPECT(!memcmp(sums, want_sums, groups * sizeof *sums), "%zu columns, input %d: sums differ", cols, kind);
+            free(x), free(scales), free(want_scales), free(quants), free(want), free(sums), free(want_sums);
+        }
+    report(table->name, "quantize_row, same bits as portable");
+}
+
+static const size_t LENGTHS[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 64, 80, 100, 128, 192, 256, 512, 576, 1000};
+enum { LENGTHS_COUNT = sizeof LENGTHS / sizeof *LENGTHS };
+
+static void test_attention(const struct Kernels *table) {
+    static const size_t counts[] = {0, 1, 2, 3, 4, 5, 7, 8, 13, 64};
+    enum { MAX_COUNT = 64 };
+    for (size_t c = 0; c < LENGTHS_COUNT; c++) {
+        size_t cols = LENGTHS[c], stride = cols + 5;
+        float *q = new_buffer(cols * 4, 0), *rows = new_buffer(((MAX_COUNT - 1) * stride + cols) * 4, 0), *weights = new_buffer(MAX_COUNT * 4, 0);
+        for (size_t i = 0; i < cols; i++) q[i] = random_float();
+        for (size_t i = 0; i < (MAX_COUNT - 1) * stride + cols; i++) rows[i] = random_float();
+        for (size_t j = 0; j < MAX_COUNT; j++) weights[j] = random_float();
+
+        float all[MAX_COUNT];
+        table->score_rows(q, rows, stride, MAX_COUNT, cols, all);
+        for (size_t j = 0; j < MAX_COUNT; j++) {
+            double exact = 0, size = 0;
+            for (size_t i = 0; i < cols; i++) {
+                double product = (double)q[i] * rows[j * stride + i];
+                exact += product;
+                size += fabs(product);
+            }
+            EXPECT(fabs(all[j] - exact) <= 1e-6 * size, "score_rows, %zu columns: %.9g, not %.9g", cols, (double)all[j], exact);
+            EXPECT(fabs(table->dot(q, rows + j * stride, cols) - exact) <= 1e-6 * size, "dot of %zu is not %.9g", cols, exact);
+        }
+        float *mixed = new_buffer(cols * 4, 0), *split = new_buffer(cols * 4, 0);
+        for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+            size_t count = counts[i];
+            float *scores = new_buffer(count * 4, 0);
+            table->score_rows(q, rows, stride, count, cols, scores);
+            EXPECT(same_bits(scores, all, count), "score_rows, %zu columns: a score depends on the number of rows (%zu)", cols, count);
+            for (size_t k = 0; k < cols; k++) mixed[k] = split[k] = q[k];
+            table->mix_rows(weights, rows, stride, count, cols, mixed);
+            table->mix_rows(weights, rows, stride, count / 3, cols, split);
+            table->mix_rows(weights + count / 3, rows + count / 3 * stride, stride, count - count / 3, cols, split);
+            EXPECT(same_bits(mixed, split, cols), "mix_rows, %zu columns: two calls for %zu rows differ from one", cols, count);
+            for (size_t k = 0; k < cols; k++) {
+                double exact = q[k], size = fabs(exact);
+                for (size_t j = 0; j < count; j++) exact += (double)weights[j] * rows[j * stride + k], size += fabs((double)weights[j] * rows[j * stride + k]);
+                EXPECT(fabs(mixed[k] - exact) <= 1e-6 * size, "mix_rows, %zu columns, %zu rows: %.9g, not %.9g", cols, count, (double)mixed[k], exact);
+            }
+            free(scores);
+        }
+        free(q), free(rows), free(weights), free(mixed), free(split);
+    }
+    report(table->name, "dot, score_rows, mix_rows");
+}
+
+static void test_exponentials(const struct Kernels *table) {
+    for (size_t c = 0; c < LENGTHS_COUNT; c++) {
+        size_t n = LENGTHS[c];
+        float *x = new_buffer(n * 4, 0), *y = new_buffer(n * 4, 0), *up = new_buffer(n * 4, 0);
+        for (int kind = 0; kind < 4; kind++) {
+            float maximum = 2, width = kind == 0 ? 1 : kind == 1 ? 10 : 100;
+            for (size_t i = 0; i < n; i++) {
+                x[i] = y[i] = kind == 3 && random_bits() % 2 ? -INFINITY : maximum - fabsf(random_float()) * width;
+                up[i] = random_float();
+            }
+            double exact_sum = 0;
+            float sum = table->exp_row(y, maximum, n);
+            for (size_t i = 0; i < n; i++) {
+                double exact = exp((double)x[i] - maximum);
+                exact_sum += exact;
+                EXPECT(fabs(y[i] - exact) <= 1e-6 * exact + 2e-38, "exp_row: exp(%g) gave %.9g", (double)(x[i] - maximum), (double)y[i]);
+            }
+            EXPECT(fabs(sum - exact_sum) <= 2e-6 * exact_sum + 1e-35, "exp_row of %zu: sum %.9g, not %.9g", n, (double)sum, exact_sum);
+            for (size_t i = 0; i < n; i++) x[i] = y[i] = kind == 3 ? (float)random_integer(-1000, 1000) : random_float() * width;
+            table->silu_multiply(y, up, n);
+            for (size_t i = 0; i < n; i++) {
+                double exact = x[i] / (1 + exp(-(double)x[i])) * up[i];
+                EXPECT(fabs(y[i] - exact) <= 2e-6 * fabs(exact) + 1e-35, "silu(%.9g) * %.9g gave %.9g", (double)x[i], (double)up[i], (double)y[i]);
+            }
+        }
+        free(x), free(y), free(up);
+    }
+    report(table->name, "exp_row, silu_multiply");
+}
+
+static void test_conversions(const struct Kernels *table) {
+    enum { ALL = 65536 };
+    static uint16_t half[ALL], back[ALL];
+    static float values[ALL], want[ALL];
+    for (size_t i = 0; i < ALL; i++) half[i] = (uint16_t)i;
+    table->half_to_float(half, values, ALL);
+    portable_kernels.half_to_float(half, want, ALL);
+    for (size_t i = 0; i < ALL; i++)         // a not-a-number may lose its payload
+        EXPECT(same_bits(values + i, want + i, 1) || (isnan(values[i]) && isnan(want[i])), "half_to_float of 0x%04zx: %.9g, not %.9g",
+               i, (double)values[i], (double)want[i]);
+    report(table->name, "half_to_float, all values");
+
+    for (uint32_t round = 0; round < 64; round++) {
+        for (size_t i = 0; i < ALL; i++) values[i] = float_from_bits(round < 32 ? (uint32_t)i << 16 | round << 11 | (round & 1) : random_bits());
+        table->float_to_half(values, back, ALL);
+        portable_kernels.float_to_half(values, half, ALL);
+        for (size_t i = 0; i < ALL; i++)
+            EXPECT(back[i] == half[i], "float_to_half of %.9g: 0x%04x, not 0x%04x", (double)values[i], back[i], half[i]);
+    }
+    for (size_t c = 0; c < LENGTHS_COUNT; c++) {
+        size_t n = LENGTHS[c];
+        float *x = new_buffer(n * 4, 0), *widened = new_buffer(n * 4, 0);
+        uint16_t *narrowed = new_buffer(n * 2, 0);
+        for (size_t i = 0; i < n; i++) x[i] = random_float();
+        table->float_to_half(x, narrowed, n);
+        table->half_to_float(narrowed, widened, n);
+        for (size_t i = 0; i < n; i++) EXPECT(narrowed[i] == half_from_float(x[i]) && widened[i] == float_from_half(narrowed[i]), "half precision of %zu numbers: number %zu is wrong", n, i);
+        free(x), free(widened), free(narrowed);
+    }
+    report(table->name, "float_to_half, same bits as portable");
+
+    for (size_t c = 0; c < LENGTHS_COUNT; c++) {
+        size_t n = LENGTHS[c];
+        int8_t *quants = new_buffer(n, 0);
+        float *out = new_buffer(n * 4, 0), scale = random_float();
+        for (size_t i = 0; i < n; i++) quants[i] = (int8_t)random_bits();
+        table->int8_to_float(quants, scale, out, n);
+        for (size_t i = 0; i < n; i++) EXPECT(out[i] == scale * (float)quants[i], "int8_to_float of %d: %.9g", quants[i], (double)out[i]);
+        free(quants), free(out);
+    }
+    report(table->name, "int8_to_float");
+}
+
+int main(void) {
+    const struct Kernels *list[MAX_KERNEL_TABLES];
+    size_t count = list_kernels(list);
+    for (size_t i = 0; i < count; i++) {
+        test_products(list[i]);
+        test_quantize_row(list[i]);
+        test_attention(list[i]);
+        test_exponentials(list[i]);
+        test_conversions(list[i]);
+    }
+    return any_failed;
+}

@@ -1,0 +1,354 @@
+// unit MODEL.r1...: functions of r1.c by themselves. Kernels have a program of their own, tests/kernels.c.
+//
+// The models are small ones that tests/groups/unit.sh converts; the loader is shown every single damaged byte of their
+// metadata, the forward pass every kind of garbage as weights. Prints a line "ok WHAT" or "FAIL WHAT: WHY" for each thing.
+#define _GNU_SOURCE
+#include <jansson.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+// Every allocation of r1.c is counted, to show that a forward pass makes none.
+static size_t allocations;
+static void *count_allocation(void *memory) {
+    allocations++;
+    return memory;
+}
+#define malloc(bytes) count_allocation((malloc)(bytes))
+#define calloc(count, bytes) count_allocation((calloc)(count, bytes))
+#define realloc(memory, bytes) count_allocation((realloc)(memory, bytes))
+#define mmap(...) count_allocation((mmap)(__VA_ARGS__))
+#include "../r1.c"
+#undef malloc
+#undef calloc
+#undef realloc
+#undef mmap
+
+// ---- results
+
+static bool any_failed;
+static char failure[1024];        // the first thing that was wrong with what is under test; empty: none
+
+#define EXPECT(condition, ...)                                                                                          \
+    do {                                                                                                                \
+        if (!(condition) && !failure[0]) snprintf(failure, sizeof failure, __VA_ARGS__);                                \
+    } while (0)
+
+static __attribute__((format(printf, 1, 2))) void report(const char *format, ...) {
+    char what[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(what, sizeof what, format, arguments);
+    va_end(arguments);
+    if (failure[0]) printf("FAIL %s: %s\n", what, failure);
+    else printf("ok %s\n", what);
+    any_failed |= failure[0] != 0;
+    failure[0] = 0;
+}
+
+// xorshift64*
+static uint64_t random_state = 0x9e3779b97f4a7c15;
+static uint32_t random_bits(void) {
+    random_state ^= random_state >> 12;
+    random_state ^= random_state << 25;
+    random_state ^= random_state >> 27;
+    return (uint32_t)(random_state * 0x2545f4914f6cdd1d >> 32);
+}
+
+// ---- number formats
+
+// A number of 1 sign bit, `exponent` and `mantissa` bits, from the definition.
+static double small_float(unsigned bits, int exponent, int mantissa) {
+    int bias = (1 << (exponent - 1)) - 1, e = (int)(bits >> mantissa) & ((1 << exponent) - 1);
+    double m = bits & ((1u << mantissa) - 1);
+    double value = e ? ldexp(1 + ldexp(m, -mantissa), e - bias) : ldexp(m, 1 - bias - mantissa);
+    return bits >> (exponent + mantissa) & 1 ? -value : value;
+}
+
+static void test_formats(void) {
+    for (unsigned bits = 0; bits < 256; bits++) {
+        if ((bits & 0x7f) == 0x7f) continue;             // not a number
+        EXPECT(float_from_e4m3((uint8_t)bits) == small_float(bits, 4, 3), "code %02x: expected %g, got %g", bits,
+               small_float(bits, 4, 3), (double)float_from_e4m3((uint8_t)bits));
+    }
+    report("all E4M3 numbers");
+
+    for (unsigned bits = 0; bits < 65536; bits++) {
+        float value = float_from_half((uint16_t)bits);
+        if ((bits & 0x7c00) == 0x7c00) {
+            EXPECT((bits & 0x3ff) ? isnan(value) : isinf(value), "%04x: got %g", bits, (double)value);
+            continue;
+        }
+        EXPECT(value == small_float(bits, 5, 10), "%04x: expected %g, got %g", bits, small_float(bits, 5, 10), (double)value);
+        EXPECT(half_from_float(value) == bits, "%04x comes back as %04x", bits, half_from_float(value));
+    }
+    report("all half-precision numbers, there and back");
+
+    for (int i = 0; i < 2000000; i++) {
+        float value = float_from_bits(random_bits() >> 1);
+        if (!(fabsf(value) < 65504.0f)) continue;
+        uint16_t half = half_from_float(value);
+        double error = fabs((double)value - (double)float_from_half(half));
+        double below = half ? fabs((double)value - (double)float_from_half((uint16_t)(half - 1))) : INFINITY;
+        double above = half < 0x7bff ? fabs((double)value - (double)float_from_half((uint16_t)(half + 1))) : INFINITY;
+        EXPECT(error <= below && error <= above, "%g: not the nearest half", (double)value);
+        if (error == below || error == above) EXPECT(half % 2 == 0, "%g: a tie that is not rounded to even", (double)value);
+    }
+    EXPECT(isfinite(float_from_half(half_from_float(1e30f))), "1e30 is not kept finite");
+    report("floats rounded to half precision");
+}
+
+// ---- sampling
+
+static void test_sampler(void) {
+    float logits[64];
+    struct Sampler sampler;
+    for (int round = 0; round < 2000; round++) {
+        for (size_t i = 0; i < 64; i++) logits[i] = (float)(random_bits() % 1000) * 0.01f;
+        uint32_t best = find_largest(logits, 64);
+        for (size_t i = 0; i < 64; i++) EXPECT(logits[i] < logits[best] || (logits[i] == logits[best] && i >= best), "the first largest is %zu, got %u", i, best);
+        size_t top_k = 1 + random_bits() % 5;
+        sampler_init(&sampler, 64, 1.0f, 1.0f, 0, top_k, random_bits());
+        uint32_t token = sample_token(&sampler, logits);
+        size_t above = 0;
+        for (size_t i = 0; i < 64; i++) above += logits[i] > logits[token];
+        EXPECT(above < top_k, "top-k %zu gave the token of rank %zu", top_k, above);
+        sampler_free(&sampler);
+        sampler_init(&sampler, 64, 0, 1.0f, 0, 0, random_bits());
+        EXPECT(sample_token(&sampler, logits) == best, "temperature 0 gave another than the largest");
+        sampler_free(&sampler);
+    }
+    report("the largest logit, and top-k");
+
+    // Three tokens of probability 0.5, 0.3 and 0.2: how often each is drawn.
+    for (size_t i = 0; i < 64; i++) logits[i] = -INFINITY;
+    logits[7] = logf(0.5f);
+    logits[30] = logf(0.3f);
+    logits[63] = logf(0.2f);
+    const struct { float temperature, top_p, min_p; double expected[3]; } cases[] = {
+        {1, 1, 0, {0.5, 0.3, 0.2}},
+        {1, 0.6f, 0, {0.625, 0.375, 0}},                 // the smallest set that weighs 0.6
+        {1, 0.5f, 0, {1, 0, 0}},
+        {1, 1, 0.5f, {0.625, 0.375, 0}},                 // at least half of the largest
+        {0.5f, 1, 0, {0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38}},
+    };
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+        sampler_init(&sampler, 64, cases[k].temperature, cases[k].top_p, cases[k].min_p, 0, 1234);
+        int counts[3] = {0};
+        enum { DRAWS = 40000 };
+        for (int i = 0; i < DRAWS; i++) {
+            uint32_t token = sample_token(&sampler, logits);
+            EXPECT(token == 7 || token == 30 || token == 63, "a token of probability 0 was drawn: %u", token);
+            counts[token == 7 ? 0 : token == 30 ? 1 : 2]++;
+        }
+        for (int i = 0; i < 3; i++)
+            EXPECT(fabs(counts[i] / (double)DRAWS - cases[k].expected[i]) < 0.012,
+                   "temperature %g, top-p %g, min-p %g: expected a share of %.3f, got %.3f", (double)cases[k].temperature,
+                   (double)cases[k].top_p, (double)cases[k].min_p, cases[k].expected[i], counts[i] / (double)DRAWS);
+        sampler_free(&sampler);
+    }
+    report("how often tokens are drawn");
+
+    static const float oddities[] = {NAN, INFINITY, -INFINITY, 0, 3e38f, -3e38f};
+    for (int round = 0; round < 2000; round++) {
+        for (size_t i = 0; i < 64; i++) logits[i] = oddities[random_bits() % (round % 6 + 1)];
+        sampler_init(&sampler, 64, (float)(round % 3), 0.95f, 0.01f * (float)(round % 2), random_bits() % 4, random_bits());
+        EXPECT(sample_token(&sampler, logits) < 64, "a token beyond the vocabulary");
+        sampler_free(&sampler);
+    }
+    report("logits that are no numbers give some token");
+}
+
+// ---- streaming UTF-8
+
+static void test_utf8_stream(void) {
+    static const char text[] = "a\xc3\xa9\xe4\xb8\x96\xf0\x9f\x8e\x89z";       // 1, 2, 3, 4 and 1 bytes
+    size_t length = sizeof text - 1;
+    char out[256];
+    for (size_t first = 0; first <= length; first++)
+        for (size_t second = first; second <= length; second++) {
+            Utf8Stream stream = {0};
+            size_t n = utf8_stream_push(&stream, text, first, out);
+            n += utf8_stream_push(&stream, text + first, second - first, out + n);
+            n += utf8_stream_push(&stream, text + second, length - second, out + n);
+            n += utf8_stream_end(&stream, out + n);
+            EXPECT(n == length && memcmp(out, text, n) == 0, "cut at %zu and %zu: got %.*s", first, second, (int)n, out);
+        }
+    Utf8Stream stream = {0};
+    size_t n = utf8_stream_push(&stream, text, 7, out);  // ends inside the last sequence
+    EXPECT(n == 6, "a started sequence was not held back: %zu bytes", n);
+    report("UTF-8 cut at any two places");
+
+    const struct { const char *in, *out; } cases[] = {
+        {"\xff", "\xef\xbf\xbd"}, {"a\x80z", "a\xef\xbf\xbdz"}, {"\xc3", "\xef\xbf\xbd"}, {"\xe4\xb8", "\xef\xbf\xbd"},
+        {"\xe4z", "\xef\xbf\xbdz"}, {"\xed\xa0\x80", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
+        {"\xf4\x90\x80\x80", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"}, {"\xc0\xaf", "\xef\xbf\xbd\xef\xbf\xbd"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        stream = (Utf8Stream){0};
+        n = 0;
+        for (const char *at = cases[i].in; *at; at++) n += utf8_stream_push(&stream, at, 1, out + n);
+        n += utf8_stream_end(&stream, out + n);
+        EXPECT(n == strlen(cases[i].out) && memcmp(out, cases[i].out, n) == 0, "case %zu: %zu bytes, expected %zu", i, n, strlen(cases[i].out));
+    }
+    report("broken UTF-8 comes out as U+FFFD");
+}
+
+// ---- the loader
+
+struct File {
+    uint8_t *bytes;               // page-aligned
+    size_t size, metadata;        // metadata: up to the end of the tensor table
+};
+
+static struct File read_model(const char *path) {
+    struct File file = {0};
+    struct stat status;
+    FILE *in = fopen(path, "rb");
+    if (!in || fstat(fileno(in), &status) != 0 || status.st_size == 0) die("%s: cannot be read", path);
+    file.size = (size_t)status.st_size;
+    file.bytes = aligned_alloc(4096, align_up(file.size, 4096));
+    if (!file.bytes || fread(file.bytes, 1, file.size, in) != file.size) die("%s: cannot be read", path);
+    fclose(in);
+    struct FilePreamble preamble;
+    memcpy(&preamble, file.bytes, sizeof preamble);
+    file.metadata = preamble.table_offset + preamble.tensor_count * sizeof(struct TensorEntry);
+    return file;
+}
+
+// Makes the checksum right again, so that the damage gets past it. A table that lies outside has no right one.
+static void mend_hash(const struct File *file) {
+    struct FilePreamble *preamble = (struct FilePreamble *)(void *)file->bytes;
+    uint64_t end = preamble->table_offset + preamble->tensor_count * sizeof(struct TensorEntry);
+    if (preamble->table_offset > file->size || end > file->size || end < sizeof *preamble) return;
+    XXH3_state_t *state = XXH3_createState();
+    XXH3_64bits_reset(state);
+    XXH3_64bits_update(state, file->bytes, offsetof(struct FilePreamble, metadata_hash));
+    XXH3_64bits_update(state, file->bytes + sizeof *preamble, end - sizeof *preamble);
+    preamble->metadata_hash = XXH3_64bits_digest(state);
+    XXH3_freeState(state);
+}
+
+// Loads it: it must be sound, or refused with one line that names the file.
+static bool loads(const struct File *file, size_t size, const char *what, size_t where) {
+    char error[ERROR_BYTES] = "";
+    struct Model *model = model_from_memory(file->bytes, size, "some.r1", error);
+    if (model) {
+        model_close(model);
+        return true;
+    }
+    EXPECT(strncmp(error, "some.r1: ", 9) == 0 && strlen(error) > 12, "%s %zu: no sentence that names the file: \"%s\"", what, where, error);
+    EXPECT(!strchr(error, '\n'), "%s %zu: more than one line: \"%s\"", what, where, error);
+    return false;
+}
+
+static void test_loader(const char *path) {
+    const char *name = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
+    struct File file = read_model(path);
+    EXPECT(loads(&file, file.size, "as it is", 0), "the model as it is was refused");
+    report("%s loads", name);
+
+    uint8_t head[4096];
+    for (size_t i = 0; i < file.metadata; i++) {
+        file.bytes[i] ^= 0x41;
+        EXPECT(!loads(&file, file.size, "byte", i), "byte %zu of %zu can change without a word", i, file.metadata);
+        file.bytes[i] ^= 0x41;
+    }
+    report("%s: every byte of the metadata changed (%zu)", name, file.metadata);
+
+    // The same with a checksum that fits: what is left must be refused for what it says, or make some sense.
+    size_t accepted = 0;
+    memcpy(head, file.bytes, sizeof(struct FilePreamble));
+    for (size_t i = 0; i < file.metadata; i++)
+        for (int kind = 0; kind < 4; kind++) {
+            uint8_t old = file.bytes[i];
+            file.bytes[i] = kind == 0 ? 0 : kind == 1 ? 0xff : kind == 2 ? old ^ 0x80 : old + 1;
+            if (file.bytes[i] != old) {
+                mend_hash(&file);
+                accepted += loads(&file, file.size, "byte", i);
+            }
+            memcpy(file.bytes, head, sizeof(struct FilePreamble));
+            file.bytes[i] = old;
+            memcpy(file.bytes, head, sizeof(struct FilePreamble));
+        }
+    report("%s: every byte changed behind the checksum's back (%zu still load)", name, accepted);
+
+    for (size_t size = 0; size < file.metadata; size += size < 512 ? 1 : 7) EXPECT(!loads(&file, size, "length", size), "a file of %zu bytes loads", size);
+    report("%s: cut at every length", name);
+    free(file.bytes);
+}
+
+// ---- forward
+
+static void test_forward(const char *path) {
+    const char *name = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
+    struct File file = read_model(path);
+    char error[ERROR_BYTES];
+    struct Model *model = model_from_memory(file.bytes, file.size, "some.r1", error);
+    if (!model) {
+        EXPECT(false, "%s", error);
+        report("%s: forward", name);
+        free(file.bytes);
+        return;
+    }
+    static struct Team team;
+    team.threads = 1;
+    openblas_set_num_threads(1);
+    uint32_t tokens[40];
+    for (size_t i = 0; i < 40; i++) tokens[i] = random_bits() % model->config.vocab_size;
+    const struct Kernels *list[MAX_KERNEL_TABLES];
+    size_t tables = list_kernels(list);
+    struct Sampler sampler;
+    sampler_init(&sampler, model->config.vocab_size, 1, 0.95f, 0, 0, 1);
+    for (enum CacheType cache = CACHE_F32; cache <= CACHE_Q8; cache++) {
+        struct SessionOptions options = {.context = 64, .batch = 32, .logits_rows = 1, .cache = cache};
+        for (size_t i = 0; i < tables; i++) {
+            struct Session *session = session_create(model, &team, list[i], &options, error);
+            if (!session) die("%s", error);
+            size_t before = allocations;
+            prefill(session, tokens, 40);
+            for (int k = 0; k < 4; k++) {
+                uint32_t token = sample_token(&sampler, session->logits);
+                forward(session, &token, 1, LOGITS_LAST);
+            }
+            EXPECT(allocations == before, "%s, %s cache: %zu allocations", list[i]->name, cache_names[cache], allocations - before);
+            for (size_t k = 0; k < model->config.vocab_size; k++) EXPECT(isfinite(session->logits[k]), "logit %zu is not finite", k);
+            session_free(session);
+        }
+    }
+    report("%s: a forward pass allocates nothing", name);
+
+    // Weights that are no numbers, or any: garbage out, but nothing worse.
+    size_t data = align_up(file.metadata, FORMAT_PAGE);
+    for (int kind = 0; kind < 4; kind++) {
+        for (size_t i = data; i < file.size; i++)
+            file.bytes[i] = kind == 0 ? 0xff : kind == 1 ? 0x7f : kind == 2 ? 0 : (uint8_t)random_bits();
+        for (size_t i = 0; i < tables; i++) {
+            struct SessionOptions options = {.context = 64, .batch = 32, .logits_rows = 1, .cache = (enum CacheType)(kind % 3)};
+            struct Session *session = session_create(model, &team, list[i], &options, error);
+            if (!session) die("%s", error);
+            prefill(session, tokens, 40);
+            for (int k = 0; k < 4; k++) {
+                uint32_t token = sample_token(&sampler, session->logits);
+                EXPECT(token < model->config.vocab_size, "a token beyond the vocabulary");
+                forward(session, &token, 1, LOGITS_LAST);
+            }
+            session_free(session);
+        }
+    }
+    report("%s: garbage as weights", name);
+    sampler_free(&sampler);
+    model_close(model);
+    free(file.bytes);
+}
+
+int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    test_formats();
+    test_sampler();
+    test_utf8_stream();
+    for (int i = 1; i < argc; i++) test_loader(argv[i]);
+    for (int i = 1; i < argc; i++) test_forward(argv[i]);
+    return any_failed;
+}
