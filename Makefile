@@ -50,7 +50,7 @@ $(BIN)/r1-convert: $(CONVERT_OBJECTS) $(BUILD)/tokenizer.o
 $(BUILD)/demo.r1: $(BIN)/r1-convert $(wildcard demo/*.json demo/*.safetensors)
 	$(BIN)/r1-convert demo $@ --type source --force
 
-$(BUILD)/r1.o: FLAGS += -DR1_DEMO_FILE='"$(BUILD)/demo.r1"'
+$(BUILD)/r1.o: private FLAGS += -DR1_DEMO_FILE='"$(BUILD)/demo.r1"'
 $(BUILD)/r1.o: $(BUILD)/demo.r1
 
 $(BUILD)/%.o: %.c Makefile $(BUILD)/packages
@@ -144,7 +144,7 @@ demo:
 # The programs of the tests, each one file; some include r1.c whole, without its main.
 TEST_PROGRAMS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/*.c))
 
-$(BUILD)/tests/%: FLAGS += -DTESTING -Wno-unused-function
+$(BUILD)/tests/%: private FLAGS += -DTESTING -Wno-unused-function
 $(BUILD)/tests/%: tests/%.c $(BUILD)/tokenizer.o Makefile
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(CPPFLAGS) $(LDFLAGS) -MMD -MP -MF $@.d -o $@ $< $(BUILD)/tokenizer.o $(LIBS)

@@ -1081,7 +1081,7 @@ static size_t list_kernels(const struct Kernels **list) {
         list[count++] = &avx512_kernels;
 #endif
 #ifdef R1_AVX2_KERNELS
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
         if (has_avxvnni()) list[count++] = &avxvnni_kernels;
         list[count++] = &avx2_kernels;
     }
@@ -2645,12 +2645,26 @@ static void parse_command_line(struct Command *command, int argc, char **argv) {
 
 // ---- what the commands share
 
+// "1.23 GB", "671 billion": three digits and a unit; units is a list of the names of 1, 1000, 1000^2...
+static const char *format_amount(double value, const char *const *units, char *text, size_t size) {
+    while (value >= 999.5 && units[1]) value /= 1000, units++;
+    snprintf(text, size, value >= 100 || value == floor(value) ? "%.0f %s" : value >= 10 ? "%.1f %s" : "%.2f %s", value, *units);
+    return text;
+}
+
+static const char *const byte_units[] = {"bytes", "kB", "MB", "GB", "TB", NULL};
+static const char *const count_units[] = {"", "thousand", "million", "billion", "trillion", NULL};
+#define BYTES(value) format_amount((double)(value), byte_units, (char[32]){0}, 32)
+#define COUNT(value) format_amount((double)(value), count_units, (char[32]){0}, 32)
+
 static struct Model *open_model(const char *path, bool needs_weights) {
     char error[ERROR_BYTES];
     struct Model *model = model_open(path, error);
     if (!model) die("%s", error);
-    if (needs_weights && !model->has_weights)
+    if (needs_weights && !model->has_weights) {
+        model_close(model);
         die("%s: the file holds a tokenizer and no weights (it was made with --tokenizer-only)", path);
+    }
     return model;
 }
 
@@ -2664,8 +2678,8 @@ static struct Session *open_session(const struct Command *command, const struct 
     struct MemoryPlan plan = plan_memory(model, session_options, command->team->threads);
     uint64_t available = available_memory();
     if (available && plan.cache + plan.scratch > available)
-        die("%s: a context of %zu tokens in micro-batches of %zu needs %.1f GB of memory besides the weights, %.1f GB are available",
-            model->name, session_options->context, session_options->batch, (double)(plan.cache + plan.scratch) / 1e9, (double)available / 1e9);
+        die("%s: a context of %zu tokens in micro-batches of %zu needs %s of memory besides the weights, %s are available",
+            model->name, session_options->context, session_options->batch, BYTES(plan.cache + plan.scratch), BYTES(available));
     char error[ERROR_BYTES];
     struct Session *session = session_create(model, command->team, command->kernels, session_options, error);
     if (!session) die("%s", error);
@@ -2993,7 +3007,8 @@ static uint8_t *make_pattern(uint32_t dtype) {
         }
         memcpy(bytes, &bits, 4);
         for (size_t j = 0; j < 4; j++) {
-            if (dtype == DTYPE_F8 && (bytes[j] & 0x7f) == 0x7f) bytes[j] ^= 1;   // not-a-number
+            // 2 to 448, as almost all real ones are (a block's largest is 448), and never not-a-number.
+            if (dtype == DTYPE_F8 && ((bytes[j] |= 0x40) & 0x7f) == 0x7f) bytes[j] ^= 1;
             if (dtype == DTYPE_Q8 && bytes[j] == 0x80) bytes[j] = 0x81;          // -128
         }
         memcpy(pattern + i, bytes, 4);
@@ -3001,7 +3016,7 @@ static uint8_t *make_pattern(uint32_t dtype) {
     return pattern;
 }
 
-// Fills one panel. The scales undo the deviation of evenly distributed codes: 100 for f8, 73 for q8, 67 for q4's table.
+// Fills one panel. The scales undo the deviation of evenly distributed codes: 142 for f8, 73 for q8, 67 for q4's table.
 static void fill_panel(uint8_t *panel, uint32_t dtype, size_t cols, const uint8_t *pattern, uint64_t *random) {
     float *panel_head = (float *)(void *)panel;
     for (size_t i = 0; i < panel_head_bytes(dtype) / 4; i++) panel_head[i] = SYNTHETIC_DEVIATION / (67.0f * 96.0f);
@@ -3011,7 +3026,7 @@ static void fill_panel(uint8_t *panel, uint32_t dtype, size_t cols, const uint8_
         const uint8_t *source = pattern + random_bits(random) % (PATTERN_BYTES / 64) * 64;
         float *scales = (float *)(void *)block;
         switch (dtype) {
-        case DTYPE_F8: for (size_t i = 0; i < head / 4; i++) scales[i] = i < K_BLOCK / K_GROUP ? SYNTHETIC_DEVIATION / 100.0f : 0; break;
+        case DTYPE_F8: for (size_t i = 0; i < head / 4; i++) scales[i] = i < K_BLOCK / K_GROUP ? SYNTHETIC_DEVIATION / 142.0f : 0; break;
         case DTYPE_Q8: for (size_t i = 0; i < head / 4; i++) scales[i] = SYNTHETIC_DEVIATION / 73.0f; break;
         case DTYPE_Q4: for (size_t i = 0; i < head; i++) block[i] = 0x40 | (source[i] & 0x3f); break;   // 64 to 127
         default: break;
@@ -3062,6 +3077,7 @@ static void fill_model(struct Team *team, const struct Model *model) {
 // ====================================================================================================================
 
 #define PROBE_PASSES 5            // the best one counts
+#define PROBE_SECONDS 2.0         // after which there are no more passes
 #define PROBE_BYTES ((uint64_t)2 << 30)
 
 struct Machine {
@@ -3119,8 +3135,8 @@ static double measure_read_bandwidth(struct Team *team) {
     probe.bytes = probe.count ? map_memory(probe.count) : NULL;
     if (!probe.bytes) return 0;
     team_run(team, touch_share, &probe);
-    double best = INFINITY;
-    for (int pass = 0; pass < PROBE_PASSES; pass++) {
+    double best = INFINITY, began = clock_seconds();
+    for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++) {
         double start = clock_seconds();
         team_run(team, read_share, &probe);
         best = fmin(best, clock_seconds() - start);
@@ -3616,6 +3632,8 @@ static _Noreturn void die_saving(const struct Evaluation *e) {
 
 // The file gets its name when it is whole.
 static void start_saving(struct Evaluation *e, const struct BaseHeader *header) {
+    struct stat status;
+    if (stat(e->command->save_base, &status) == 0 && !S_ISREG(status.st_mode)) die("%s: not a regular file", e->command->save_base);
     size_t length = strlen(e->command->save_base) + sizeof ".partial";
     e->save_path = allocate(length);
     snprintf(e->save_path, length, "%s.partial", e->command->save_base);
@@ -4098,7 +4116,7 @@ static struct SessionOptions choose_session(const struct Generation *g) {
     }
     chosen.context = fits;
     if (fits < wanted)
-        note(command, "the context is %zu tokens instead of %zu: that is what fits into %.1f GB of memory", fits, wanted, (double)available / 1e9);
+        note(command, "the context is %zu tokens instead of %zu: that is what fits into %s of memory", fits, wanted, BYTES(available));
     return chosen;
 }
 
@@ -4157,7 +4175,10 @@ static enum EndReason write_tokens(struct Generation *g) {
     const struct Command *command = g->command;
     while (!interrupted) {
         uint32_t token = sample_token(&g->sampler, g->session->logits);
-        if (!isfinite(g->session->logits[token])) die("%s: the model's output is not a number after %zu tokens", g->model->name, g->session->position);
+        if (!isfinite(g->session->logits[token])) {
+            if (g->display.shown) end_display(&g->display);
+            die("%s: the model's output is not a number after %zu tokens", g->model->name, g->session->position);
+        }
         if (!g->written) g->first_token = clock_seconds();
         if (is_stop(g->specials, token)) return END_BY_MODEL;
         g->written++;
@@ -4177,7 +4198,8 @@ static void print_statistics(const struct Generation *g) {
     if (g->reason == END_BY_LENGTH) note(command, "ended after %" PRIu64 " tokens (--max-tokens)", command->max_tokens);
     if (g->reason == END_BY_CONTEXT) note(command, "ended: the context of %zu tokens is full (--context)", g->session->options.context);
     double reading = g->first_token - g->started, writing = g->ended - g->first_token;
-    if (!(g->first_token > 0)) return;
+    if (!g->written) note(command, "%s", g->reason == END_BY_USER ? "ended before the prompt was read" : "the model had nothing to say");
+    if (g->first_token <= 0) return;
     fprintf(stderr, "r1: prompt %zu tokens", g->prompt.count);
     if (reading > 0) fprintf(stderr, ", %.1f tok/s", (double)g->prompt.count / reading);
     fprintf(stderr, " | first token %.2f s | written %zu tokens", reading, g->written);
@@ -4333,10 +4355,11 @@ static void encode_chat_json(const struct TextSource *source, const struct Model
 }
 
 static void print_decoded(const struct Command *command, const struct TextSource *source, const struct Model *model, const TokenList *tokens) {
+    size_t bytes;
+    for (size_t i = 0; i < tokens->count; i++)
+        if (!tokenizer_piece(model->tokenizer, tokens->ids[i], &bytes)) reject_text(source, "id %zu: %" PRIu32 " has no token", i + 1, tokens->ids[i]);
     for (size_t i = 0; i < tokens->count; i++) {
-        size_t bytes;
         const char *piece = tokenizer_piece(model->tokenizer, tokens->ids[i], &bytes);
-        if (!piece) reject_text(source, "id %zu: %" PRIu32 " has no token", i + 1, tokens->ids[i]);
         if (!command->hex) fwrite(piece, 1, bytes, stdout);
         else for (size_t k = 0; k < bytes; k++) printf("%02x", (unsigned char)piece[k]);
     }
@@ -4427,8 +4450,7 @@ static void trace_init(struct Trace *trace) {
     size_t experts = mark_positions(trace, "experts", &trace->command->experts, trace->experts_row);
     uint64_t available = available_memory(), needed = (uint64_t)logits * c->vocab_size * sizeof(float);
     if (available && needed > available)
-        die("--logits: %zu positions of %u logits take %.1f GB of memory, %.1f GB are available", logits, c->vocab_size, (double)needed / 1e9,
-            (double)available / 1e9);
+        die("--logits: %zu positions of %u logits take %s of memory, %s are available", logits, c->vocab_size, BYTES(needed), BYTES(available));
     trace->logits = allocate((size_t)needed);
     size_t choices = experts * c->num_hidden_layers * c->num_experts_per_tok;
     trace->expert_ids = allocate(choices * sizeof *trace->expert_ids);
@@ -4607,18 +4629,6 @@ static const char *list_dtypes(unsigned dtypes, char *text, size_t size) {
         if (dtypes >> d & 1 && length < size) length += (size_t)snprintf(text + length, size - length, "%s%s", length ? " " : "", dtype_name(d));
     return text;
 }
-
-// "1.23 GB", "671 billion": three digits and a unit; units is a list of the names of 1, 1000, 1000^2...
-static const char *format_amount(double value, const char *const *units, char *text, size_t size) {
-    while (value >= 999.5 && units[1]) value /= 1000, units++;
-    snprintf(text, size, value >= 100 || value == floor(value) ? "%.0f %s" : value >= 10 ? "%.1f %s" : "%.2f %s", value, *units);
-    return text;
-}
-
-static const char *const byte_units[] = {"bytes", "kB", "MB", "GB", "TB", NULL};
-static const char *const count_units[] = {"", "thousand", "million", "billion", "trillion", NULL};
-#define BYTES(value) format_amount((double)(value), byte_units, (char[32]){0}, 32)
-#define COUNT(value) format_amount((double)(value), count_units, (char[32]){0}, 32)
 
 static void print_config(const struct Model *model) {
     const struct ModelConfig *c = &model->config;
@@ -4889,6 +4899,7 @@ int main(int argc, char **argv) {
     static struct Team team;
     signal(SIGPIPE, SIG_IGN);     // flush_output() deals with closed pipes
     if (argc < 2) {
+        fputs("r1: a command is missing\n\n", stderr);
         print_help(stderr);
         return 2;
     }

@@ -1054,7 +1054,7 @@ static bool read_added_tokens(Builder *builder) {
     for (size_t i = 0; i < json_array_size(list); i++) {
         const json_t *entry = json_array_get(list, i), *content = json_object_get(entry, "content");
         if (!json_is_string(content) || !json_string_length(content) || json_string_length(content) > MAX_ADDED_BYTES)
-            return REFUSE(builder, "added_tokens[%zu].content: expected a string of 1 to %u bytes, got %s of %zu", i,
+            return REFUSE(builder, "added_tokens[%zu].content: expected a string of 1 to %u bytes, got %s (%zu bytes)", i,
                           MAX_ADDED_BYTES, describe_type(content), json_string_length(content));
         const char *text = json_string_value(content);
         size_t bytes = json_string_length(content);
@@ -1292,7 +1292,8 @@ static bool read_model(Builder *builder) {
                       json_is_string(value) ? json_string_value(value) : describe_type(value));
     }
     value = json_object_get(model, "byte_fallback");
-    if (!is_absent(value) && !json_is_false(value)) return REFUSE(builder, "model.byte_fallback: expected false, got %s", describe_type(value));
+    if (!is_absent(value) && !json_is_false(value))
+        return REFUSE(builder, "model.byte_fallback: expected false, got %s", describe_type(value));
     if (json_is_true(json_object_get(model, "ignore_merges"))) builder->flags |= SECTION_IGNORE_MERGES;
     return read_vocabulary(builder, model) && read_merges(builder, model);
 }

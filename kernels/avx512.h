@@ -7,6 +7,8 @@
 #ifndef R1_AVX512_KERNELS
 #define R1_AVX512_KERNELS
 
+#include "avx2.h"
+
 #include <immintrin.h>
 
 #define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))
@@ -27,12 +29,6 @@
         }                                                                                                               \
     }
 
-#ifdef __clang__
-#define UNROLL_TOKENS _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL_TOKENS _Pragma("GCC unroll 8")
-#endif
-
 // sum + the products of four unsigned and four signed bytes in each lane. As assembly because gcc 12 spills
 // accumulators to memory around the intrinsic, which halves the speed with 8 tokens.
 AVX512_INLINE __m512i add_byte_products_avx512(__m512i sum, __m512i bytes, __m512i signed_bytes) {
@@ -52,9 +48,10 @@ AVX512_INLINE __m512i broadcast_quants_avx512(const int8_t *quants) {
 // Adds the products of four columns, [32][4], with n tokens to sum[t]: rows 0-15 and 16-31.
 AVX512_INLINE void add_columns_q8_avx512(__m512i (*sum)[2], const uint8_t *four, const int8_t *const *quants, size_t k, const size_t n) {
     const __m512i flip = _mm512_set1_epi8((char)0x80);
+    prefetch_weights(four);
     __m512i w0 = _mm512_xor_si512(_mm512_loadu_si512(four), flip);
     __m512i w1 = _mm512_xor_si512(_mm512_loadu_si512(four + 64), flip);
-    UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+    UNROLL for (size_t t = 0; t < n; t++) {
         __m512i q = broadcast_quants_avx512(quants[t] + k);
         sum[t][0] = add_byte_products_avx512(sum[t][0], w0, q);
         sum[t][1] = add_byte_products_avx512(sum[t][1], w1, q);
@@ -68,13 +65,13 @@ AVX512_INLINE void add_columns_q8_avx512(__m512i (*sum)[2], const uint8_t *four,
 // accumulators for every other four columns. Integers add up to the same sum in any order.
 AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
     const int8_t *quants[TILE_TOKENS];
-    UNROLL_TOKENS for (size_t t = 0; t < n; t++) quants[t] = x[t].quants;
+    UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants;
     for (size_t first = 0; first < cols; first += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - first);
         const float *scales = (const float *)(const void *)panel;          // [32]
         const uint8_t *w = panel + block_head_bytes(DTYPE_Q8, length);     // [length/4][32][4]
         __m512i sum[TILE_TOKENS][2], other[TILE_TOKENS][2];
-        UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+        UNROLL for (size_t t = 0; t < n; t++) {
             int32_t quant_sum = 0;
             for (size_t g = 0; g < length / K_GROUP; g++) quant_sum += x[t].sums[first / K_GROUP + g];
             sum[t][0] = sum[t][1] = _mm512_set1_epi32(-128 * quant_sum);
@@ -85,7 +82,7 @@ AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, con
                 add_columns_q8_avx512(sum, w + k * PANEL_ROWS, quants, first + k, n);
                 add_columns_q8_avx512(other, w + (k + 4) * PANEL_ROWS, quants, first + k + 4, n);
             }
-            UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+            UNROLL for (size_t t = 0; t < n; t++) {
                 sum[t][0] = _mm512_add_epi32(sum[t][0], other[t][0]);
                 sum[t][1] = _mm512_add_epi32(sum[t][1], other[t][1]);
             }
@@ -93,7 +90,7 @@ AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, con
             for (size_t k = 0; k < length; k += 4) add_columns_q8_avx512(sum, w + k * PANEL_ROWS, quants, first + k, n);
         }
         __m512 scale0 = _mm512_loadu_ps(scales), scale1 = _mm512_loadu_ps(scales + 16);
-        UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+        UNROLL for (size_t t = 0; t < n; t++) {
             float *o = out + t * PANEL_ROWS;
             __m512 x_scale = _mm512_set1_ps(x[t].scales[first / K_BLOCK]);
             __m512 before0 = first ? _mm512_loadu_ps(o) : _mm512_setzero_ps();
@@ -118,13 +115,13 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
         const uint8_t *sub = panel;                                        // [length/32][32]
         const uint8_t *w = panel + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
         __m512i part[TILE_TOKENS][2];
-        UNROLL_TOKENS for (size_t t = 0; t < n; t++) part[t][0] = part[t][1] = _mm512_setzero_si512();
+        UNROLL for (size_t t = 0; t < n; t++) part[t][0] = part[t][1] = _mm512_setzero_si512();
         for (size_t group = 0; group < length; group += K_GROUP) {
             __m256i sub_bytes = _mm256_loadu_si256((const __m256i *)(const void *)(sub + group));
             __mmask32 shifted = _mm256_test_epi8_mask(sub_bytes, _mm256_set1_epi8(1));
             sub_bytes = _mm256_and_si256(sub_bytes, _mm256_set1_epi8((char)0xfe));
             __m512i sum[TILE_TOKENS][2];
-            UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+            UNROLL for (size_t t = 0; t < n; t++) {
                 int32_t quant_sum = x[t].sums[(first + group) / K_GROUP];
                 __m512i plain = _mm512_set1_epi32(-128 * quant_sum), with_shift = _mm512_set1_epi32((Q4_SHIFT - 128) * quant_sum);
                 sum[t][0] = _mm512_mask_mov_epi32(plain, (__mmask16)shifted, with_shift);
@@ -132,11 +129,12 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
             }
             const uint8_t *eight = w + group * PANEL_ROWS / 2;
             for (size_t k = first + group; k < first + group + K_GROUP; k += 8, eight += 8 * PANEL_ROWS / 2) {
+                prefetch_weights(eight);
                 __m512i pairs0 = _mm512_loadu_si512(eight), pairs1 = _mm512_loadu_si512(eight + 64);
                 __m512i low0 = _mm512_permutexvar_epi8(pairs0, table), low1 = _mm512_permutexvar_epi8(pairs1, table);
                 __m512i high0 = _mm512_permutexvar_epi8(_mm512_srli_epi32(pairs0, 4), table);
                 __m512i high1 = _mm512_permutexvar_epi8(_mm512_srli_epi32(pairs1, 4), table);
-                UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+                UNROLL for (size_t t = 0; t < n; t++) {
                     __m512i q_low = broadcast_quants_avx512(x[t].quants + k), q_high = broadcast_quants_avx512(x[t].quants + k + 4);
                     sum[t][0] = add_byte_products_avx512(sum[t][0], low0, q_low);
                     sum[t][1] = add_byte_products_avx512(sum[t][1], low1, q_low);
@@ -146,12 +144,12 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
             }
             __m512i sub0 = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(sub_bytes));
             __m512i sub1 = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(sub_bytes, 1));
-            UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+            UNROLL for (size_t t = 0; t < n; t++) {
                 part[t][0] = _mm512_add_epi32(part[t][0], _mm512_mullo_epi32(sum[t][0], sub0));
                 part[t][1] = _mm512_add_epi32(part[t][1], _mm512_mullo_epi32(sum[t][1], sub1));
             }
         }
-        UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+        UNROLL for (size_t t = 0; t < n; t++) {
             float *o = out + t * PANEL_ROWS;
             __m512 x_scale = _mm512_set1_ps(x[t].scales[first / K_BLOCK]);
             __m512 before0 = first ? _mm512_loadu_ps(o) : _mm512_setzero_ps();
@@ -173,16 +171,17 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
 AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
     const float *w = (const float *)(const void *)panel;                   // [cols][32]
     __m512 sum[TILE_TOKENS][2];
-    UNROLL_TOKENS for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
+    UNROLL for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
     for (size_t k = 0; k < cols; k++, w += PANEL_ROWS) {
+        prefetch_weights(w);
         __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16);
-        UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+        UNROLL for (size_t t = 0; t < n; t++) {
             __m512 value = _mm512_set1_ps(x[t].values[k]);
             sum[t][0] = _mm512_fmadd_ps(w0, value, sum[t][0]);
             sum[t][1] = _mm512_fmadd_ps(w1, value, sum[t][1]);
         }
     }
-    UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+    UNROLL for (size_t t = 0; t < n; t++) {
         _mm512_storeu_ps(out + t * PANEL_ROWS, sum[t][0]);
         _mm512_storeu_ps(out + t * PANEL_ROWS + 16, sum[t][1]);
     }
@@ -192,12 +191,13 @@ AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, co
 AVX512_INLINE void product_bf16_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
     const __m512i upper = _mm512_set1_epi32((int32_t)0xffff0000);
     __m512 sum[TILE_TOKENS][2];
-    UNROLL_TOKENS for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
+    UNROLL for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
     for (size_t k = 0; k < cols; k += 2, panel += 2 * 2 * PANEL_ROWS) {    // [cols/2][32][2]
+        prefetch_weights(panel);
         __m512i pairs0 = _mm512_loadu_si512(panel), pairs1 = _mm512_loadu_si512(panel + 64);
         __m512 even0 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs0, 16)), odd0 = _mm512_castsi512_ps(_mm512_and_si512(pairs0, upper));
         __m512 even1 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs1, 16)), odd1 = _mm512_castsi512_ps(_mm512_and_si512(pairs1, upper));
-        UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+        UNROLL for (size_t t = 0; t < n; t++) {
             __m512 even = _mm512_set1_ps(x[t].values[k]), odd = _mm512_set1_ps(x[t].values[k + 1]);
             sum[t][0] = _mm512_fmadd_ps(even0, even, sum[t][0]);
             sum[t][1] = _mm512_fmadd_ps(even1, even, sum[t][1]);
@@ -205,30 +205,267 @@ AVX512_INLINE void product_bf16_avx512_tile(const uint8_t *panel, size_t cols, c
             sum[t][1] = _mm512_fmadd_ps(odd1, odd, sum[t][1]);
         }
     }
-    UNROLL_TOKENS for (size_t t = 0; t < n; t++) {
+    UNROLL for (size_t t = 0; t < n; t++) {
         _mm512_storeu_ps(out + t * PANEL_ROWS, sum[t][0]);
         _mm512_storeu_ps(out + t * PANEL_ROWS + 16, sum[t][1]);
     }
 }
 
+// Adds the products of 16 rows and two columns, [16][2] half-precision numbers, with n tokens to sum[t]: rows 0-7 and
+// 8-15, both columns of a row side by side.
+AVX512_INLINE void add_columns_f8_avx512(__m512 (*sum)[2], const uint16_t *halves, float (*values)[K_GROUP], size_t k, const size_t n) {
+    __m512 w0 = _mm512_cvtph_ps(load_bytes_avx2(halves)), w1 = _mm512_cvtph_ps(load_bytes_avx2(halves + 16));
+    UNROLL for (size_t t = 0; t < n; t++) {
+        double pair;
+        memcpy(&pair, values[t] + k, sizeof pair);
+        __m512 value = _mm512_castpd_ps(_mm512_set1_pd(pair));
+        sum[t][0] = _mm512_fmadd_ps(w0, value, sum[t][0]);
+        sum[t][1] = _mm512_fmadd_ps(w1, value, sum[t][1]);
+    }
+}
+
+// See product_f8_avx2_tile() for the conversion. It goes through memory because converting what is there takes half the
+// operations of converting half a register. The group's scale goes into the tokens' values. Up to four tokens take all
+// 32 rows at a time; more have registers for 16 only, and pass a group twice.
+AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
+    const __m512i half_bits = _mm512_set1_epi16((int16_t)0xbf80);
+    __m512 upper[TILE_TOKENS][2], lower[TILE_TOKENS][2];                   // rows 0-15, rows 16-31
+    UNROLL for (size_t t = 0; t < n; t++) upper[t][0] = upper[t][1] = lower[t][0] = lower[t][1] = _mm512_setzero_ps();
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [8], one for each 32 columns
+        const uint8_t *w = panel + block_head_bytes(DTYPE_F8, length);     // [length/4][32][4]
+        for (size_t group = 0; group < length; group += K_GROUP) {
+            uint16_t halves[K_GROUP * PANEL_ROWS];
+            for (size_t i = 0; i < K_GROUP * PANEL_ROWS; i += 4 * PANEL_ROWS, w += 4 * PANEL_ROWS) {
+                prefetch_weights(w);
+                __m512i codes0 = _mm512_loadu_si512(w), codes1 = _mm512_loadu_si512(w + 64);
+                __m512i even0 = _mm512_srai_epi16(_mm512_slli_epi16(codes0, 8), 1), odd0 = _mm512_srai_epi16(codes0, 1);
+                __m512i even1 = _mm512_srai_epi16(_mm512_slli_epi16(codes1, 8), 1), odd1 = _mm512_srai_epi16(codes1, 1);
+                _mm512_storeu_si512(halves + i, _mm512_and_si512(even0, half_bits));
+                _mm512_storeu_si512(halves + i + 32, _mm512_and_si512(even1, half_bits));
+                _mm512_storeu_si512(halves + i + 64, _mm512_and_si512(odd0, half_bits));
+                _mm512_storeu_si512(halves + i + 96, _mm512_and_si512(odd1, half_bits));
+            }
+            float values[TILE_TOKENS][K_GROUP];                            // columns 0, 2, 1, 3 of each four
+            __m512 scale = _mm512_set1_ps(scales[group / K_GROUP] * 256.0f);
+            UNROLL for (size_t t = 0; t < n; t++) {
+                const float *from = x[t].values + first + group;
+                _mm512_storeu_ps(values[t], _mm512_mul_ps(_mm512_permute_ps(_mm512_loadu_ps(from), 0xd8), scale));
+                _mm512_storeu_ps(values[t] + 16, _mm512_mul_ps(_mm512_permute_ps(_mm512_loadu_ps(from + 16), 0xd8), scale));
+            }
+            // halves: [8 fours][columns 0 and 2, columns 1 and 3][32 rows][2]
+            if (n <= 4) {
+                for (size_t k = 0; k < K_GROUP; k += 2) {
+                    add_columns_f8_avx512(upper, halves + k * PANEL_ROWS, values, k, n);
+                    add_columns_f8_avx512(lower, halves + k * PANEL_ROWS + 32, values, k, n);
+                }
+            } else {
+                for (size_t k = 0; k < K_GROUP; k += 2) add_columns_f8_avx512(upper, halves + k * PANEL_ROWS, values, k, n);
+                for (size_t k = 0; k < K_GROUP; k += 2) add_columns_f8_avx512(lower, halves + k * PANEL_ROWS + 32, values, k, n);
+            }
+        }
+        panel = w;
+    }
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    UNROLL for (size_t t = 0; t < n; t++) {
+        _mm512_storeu_ps(out + t * PANEL_ROWS, _mm512_add_ps(_mm512_permutex2var_ps(upper[t][0], evens, upper[t][1]),
+                                                             _mm512_permutex2var_ps(upper[t][0], odds, upper[t][1])));
+        _mm512_storeu_ps(out + t * PANEL_ROWS + 16, _mm512_add_ps(_mm512_permutex2var_ps(lower[t][0], evens, lower[t][1]),
+                                                                  _mm512_permutex2var_ps(lower[t][0], odds, lower[t][1])));
+    }
+}
+
 AVX512_PRODUCT(product_f32_avx512)
 AVX512_PRODUCT(product_bf16_avx512)
+AVX512_PRODUCT(product_f8_avx512)
 AVX512_PRODUCT(product_q8_avx512)
 AVX512_PRODUCT(product_q4_avx512)
 
+// ---- everything else
+// The last vector of a row is loaded and stored under a mask of the lanes that it has.
+
+AVX512_INLINE __mmask16 lanes_avx512(size_t n) { return (__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1); }
+
+// Both halves of a vector added to each other.
+AVX512_INLINE __m256 fold_avx512(__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+
+AVX512_INLINE float sum_avx512(__m512 x) {
+    __m256 folded = fold_avx512(x);
+    return _mm_cvtss_f32(sum_lanes_avx2(folded, folded, folded, folded));
+}
+
+AVX512 static void quantize_row_avx512(const float *x, size_t cols, int8_t *quants, float *scales, int32_t *sums) {
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t end = min_size(first + K_BLOCK, cols);
+        __m512 largest16 = _mm512_setzero_ps();
+        // max_ps(a, b) is a > b ? a : b, so a not-a-number in a leaves b.
+        for (size_t k = first; k < end; k += 16) largest16 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + k)), largest16);
+        float largest = _mm512_reduce_max_ps(largest16);
+        float scale = largest < INFINITY ? largest / 127.0f : 0.0f;
+        float inverse = scale > 1e-38f ? 1.0f / scale : 0.0f;
+        scales[first / K_BLOCK] = inverse > 0 ? scale : 0.0f;
+        for (size_t group = first; group < end; group += K_GROUP) {
+            __m512i nearest[2];
+            UNROLL for (size_t v = 0; v < 2; v++) {
+                __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + group + 16 * v), _mm512_set1_ps(inverse));
+                scaled = _mm512_min_ps(_mm512_max_ps(scaled, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
+                nearest[v] = _mm512_cvtps_epi32(scaled);                   // to nearest even
+                _mm_storeu_si128((__m128i *)(void *)(quants + group + 16 * v), _mm512_cvtepi32_epi8(nearest[v]));
+            }
+            sums[group / K_GROUP] = _mm512_reduce_add_epi32(_mm512_add_epi32(nearest[0], nearest[1]));
+        }
+    }
+}
+
+// The scores of four rows, which lie anywhere. The order of additions in a row is the same whichever place it has.
+AVX512_INLINE __m128 score_four_avx512(const float *q, const float *a, const float *b, const float *c, const float *d, size_t cols) {
+    __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a, sum_c = sum_a, sum_d = sum_a;
+    size_t i = 0;
+    for (; i + 16 <= cols; i += 16) {
+        __m512 value = _mm512_loadu_ps(q + i);
+        sum_a = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), value, sum_a);
+        sum_b = _mm512_fmadd_ps(_mm512_loadu_ps(b + i), value, sum_b);
+        sum_c = _mm512_fmadd_ps(_mm512_loadu_ps(c + i), value, sum_c);
+        sum_d = _mm512_fmadd_ps(_mm512_loadu_ps(d + i), value, sum_d);
+    }
+    if (i < cols) {
+        __mmask16 lanes = lanes_avx512(cols - i);
+        __m512 value = _mm512_maskz_loadu_ps(lanes, q + i);
+        sum_a = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, a + i), value, sum_a);
+        sum_b = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, b + i), value, sum_b);
+        sum_c = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, c + i), value, sum_c);
+        sum_d = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, d + i), value, sum_d);
+    }
+    return sum_lanes_avx2(fold_avx512(sum_a), fold_avx512(sum_b), fold_avx512(sum_c), fold_avx512(sum_d));
+}
+
+AVX512 static void score_rows_avx512(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols, float *scores) {
+    for (size_t j = 0; j < count; j += 4) {
+        size_t left = min_size(4, count - j);
+        const float *a = rows + j * row_stride, *b = left > 1 ? a + row_stride : a;
+        const float *c = left > 2 ? a + 2 * row_stride : a, *d = left > 3 ? a + 3 * row_stride : a;
+        _mm_mask_storeu_ps(scores + j, (__mmask8)((1u << left) - 1), score_four_avx512(q, a, b, c, d, cols));
+    }
+}
+
+AVX512 static float dot_avx512(const float *x, const float *y, size_t n) {
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    size_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        UNROLL for (size_t v = 0; v < 4; v++)
+            sum[v] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i + 16 * v), _mm512_loadu_ps(y + i + 16 * v), sum[v]);
+    for (; i < n; i += 16) {
+        __mmask16 lanes = lanes_avx512(n - i);
+        sum[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, x + i), _mm512_maskz_loadu_ps(lanes, y + i), sum[0]);
+    }
+    return sum_avx512(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+// `vectors` vectors of mix_rows' out, kept in registers while the rows pass; the last one has only some lanes.
+AVX512_INLINE void mix_columns_avx512(const float *weights, const float *rows, size_t row_stride, size_t count, float *out,
+                                      const size_t vectors, __mmask16 last_lanes) {
+    __m512 sum[8];
+    UNROLL for (size_t v = 0; v + 1 < vectors; v++) sum[v] = _mm512_loadu_ps(out + 16 * v);
+    sum[vectors - 1] = _mm512_maskz_loadu_ps(last_lanes, out + 16 * (vectors - 1));
+    for (size_t j = 0; j < count; j++) {
+        const float *row = rows + j * row_stride;
+        __m512 weight = _mm512_set1_ps(weights[j]);
+        UNROLL for (size_t v = 0; v + 1 < vectors; v++) sum[v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(row + 16 * v), sum[v]);
+        sum[vectors - 1] = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(last_lanes, row + 16 * (vectors - 1)), sum[vectors - 1]);
+    }
+    UNROLL for (size_t v = 0; v + 1 < vectors; v++) _mm512_storeu_ps(out + 16 * v, sum[v]);
+    _mm512_mask_storeu_ps(out + 16 * (vectors - 1), last_lanes, sum[vectors - 1]);
+}
+
+AVX512 static void mix_rows_avx512(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols, float *out) {
+    size_t c = 0;
+    for (; c + 128 <= cols; c += 128) mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 8, 0xffff);
+    for (; c + 64 <= cols; c += 64) mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 4, 0xffff);
+    for (; c < cols; c += 16) mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 1, lanes_avx512(cols - c));
+}
+
+// exp_float() of 16 numbers.
+AVX512_INLINE __m512 exp_avx512(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
+    x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
+    __m512i shift = _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shift));
+}
+
+AVX512 static float exp_row_avx512(float *x, float maximum, size_t n) {
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 lanes = lanes_avx512(n - i);
+        __m512 value = exp_avx512(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), _mm512_set1_ps(maximum)));
+        _mm512_mask_storeu_ps(x + i, lanes, value);
+        sum = _mm512_mask_add_ps(sum, lanes, sum, value);
+    }
+    return sum_avx512(sum);
+}
+
+AVX512 static void silu_multiply_avx512(float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 lanes = lanes_avx512(n - i);
+        __m512 g = _mm512_maskz_loadu_ps(lanes, gate + i);
+        __m512 exponential = exp_avx512(_mm512_xor_ps(g, _mm512_set1_ps(-0.0f)));
+        __m512 silu = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential));
+        _mm512_mask_storeu_ps(gate + i, lanes, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(lanes, up + i)));
+    }
+}
+
+AVX512 static void half_to_float_avx512(const uint16_t *half, float *out, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 lanes = lanes_avx512(n - i);
+        _mm512_mask_storeu_ps(out + i, lanes, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, half + i)));
+    }
+}
+
+AVX512 static void float_to_half_avx512(const float *x, uint16_t *half, size_t n) {
+    const __m512 largest = _mm512_set1_ps(65504.0f), sign = _mm512_set1_ps(-0.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 lanes = lanes_avx512(n - i);
+        __m512 value = _mm512_maskz_loadu_ps(lanes, x + i);
+        // A not-a-number becomes the plain one with its sign; min and max return their second operand for it.
+        __m512 plain = _mm512_or_ps(_mm512_and_ps(value, sign), _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+        __m512 limited = _mm512_max_ps(_mm512_set1_ps(-65504.0f), _mm512_min_ps(largest, value));
+        limited = _mm512_mask_mov_ps(limited, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), plain);
+        _mm256_mask_storeu_epi16(half + i, lanes, _mm512_cvtps_ph(limited, _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+AVX512 static void int8_to_float_avx512(const int8_t *quants, float scale, float *out, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 lanes = lanes_avx512(n - i);
+        __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, quants + i)));
+        _mm512_mask_storeu_ps(out + i, lanes, _mm512_mul_ps(_mm512_set1_ps(scale), values));
+    }
+}
+
 static const struct Kernels avx512_kernels = {
     .name = "avx512",
-    .product = {[DTYPE_F32] = product_f32_avx512, [DTYPE_BF16] = product_bf16_avx512, [DTYPE_F8] = product_f8,
+    .product = {[DTYPE_F32] = product_f32_avx512, [DTYPE_BF16] = product_bf16_avx512, [DTYPE_F8] = product_f8_avx512,
                 [DTYPE_Q8] = product_q8_avx512, [DTYPE_Q4] = product_q4_avx512},
-    .quantize_row = quantize_row_portable,
-    .dot = dot_portable,
-    .score_rows = score_rows_portable,
-    .mix_rows = mix_rows_portable,
-    .exp_row = exp_row_portable,
-    .silu_multiply = silu_multiply_portable,
-    .half_to_float = half_to_float_portable,
-    .float_to_half = float_to_half_portable,
-    .int8_to_float = int8_to_float_portable,
+    .quantize_row = quantize_row_avx512,
+    .dot = dot_avx512,
+    .score_rows = score_rows_avx512,
+    .mix_rows = mix_rows_avx512,
+    .exp_row = exp_row_avx512,
+    .silu_multiply = silu_multiply_avx512,
+    .half_to_float = half_to_float_avx512,
+    .float_to_half = float_to_half_avx512,
+    .int8_to_float = int8_to_float_avx512,
 };
 
 #endif

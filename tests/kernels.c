@@ -30,15 +30,15 @@ static void report(const char *table, const char *what) {
 
 static uint64_t random_state = 0x9e3779b97f4a7c15;
 
-static uint32_t random_bits(void) {      // xorshift64*
+static uint32_t next_bits(void) {      // xorshift64*
     random_state ^= random_state >> 12;
     random_state ^= random_state << 25;
     random_state ^= random_state >> 27;
     return (uint32_t)(random_state * 0x2545f4914f6cdd1d >> 32);
 }
 
-static int random_integer(int low, int high) { return low + (int)(random_bits() % (uint32_t)(high - low + 1)); }
-static float random_float(void) { return (float)(int32_t)random_bits() * 0x1p-31f; }     // -1 to 1
+static int next_integer(int low, int high) { return low + (int)(next_bits() % (uint32_t)(high - low + 1)); }
+static float next_float(void) { return (float)(int32_t)next_bits() * 0x1p-31f; }     // -1 to 1
 
 // `bytes` bytes at `offset` beyond a multiple of 64; nothing lies behind them. free_buffer() takes the same offset.
 static void *new_buffer(size_t bytes, size_t offset) {
@@ -56,26 +56,26 @@ static bool same_bits(const float *a, const float *b, size_t n) { return memcmp(
 
 // TINY keeps every sum below 2^24 with all scales 1: then each table must give the same bits whatever it adds first.
 // EDGES takes only the largest weights, quants and sub-scales.
-enum Filling { RANDOM, EDGES, TINY };
+enum PanelContents { RANDOM, EDGES, TINY };
 
 // Fills a panel with weights of every kind that its format has; the last row is zero (for q4, whose table has no zero,
 // its scale is).
-static void fill_panel(uint32_t dtype, uint8_t *panel, size_t cols, enum Filling filling) {
+static void fill_test_panel(uint32_t dtype, uint8_t *panel, size_t cols, enum PanelContents filling) {
     uint8_t *block = panel;
     float *row_scales = (float *)(void *)panel;
     size_t zero_row = PANEL_ROWS - 1;
     if (dtype == DTYPE_Q4) {
-        for (size_t r = 0; r < PANEL_ROWS; r++) row_scales[r] = r == zero_row ? 0 : filling == TINY ? 1 : random_float();
+        for (size_t r = 0; r < PANEL_ROWS; r++) row_scales[r] = r == zero_row ? 0 : filling == TINY ? 1 : next_float();
         block += panel_head_bytes(dtype);
     }
-    unsigned code = random_bits() & 0xff;
+    unsigned code = next_bits() & 0xff;
     for (size_t first = 0; first < cols; first += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - first), heads = block_head_bytes(dtype, length);
         uint8_t *w = block + heads;
         if (dtype == DTYPE_F8)
-            for (size_t i = 0; i < 8; i++) ((float *)(void *)block)[i] = filling == TINY ? 1 : random_float();
+            for (size_t i = 0; i < 8; i++) ((float *)(void *)block)[i] = filling == TINY ? 1 : next_float();
         if (dtype == DTYPE_Q8)
-            for (size_t r = 0; r < PANEL_ROWS; r++) ((float *)(void *)block)[r] = filling == TINY ? 1 : random_float();
+            for (size_t r = 0; r < PANEL_ROWS; r++) ((float *)(void *)block)[r] = filling == TINY ? 1 : next_float();
         if (dtype == DTYPE_Q4)           // every byte in turn; EDGES: -128 and 127, the largest either way
             for (size_t i = 0; i < heads; i++)
                 block[i] = filling == TINY ? "\2\3\xfe\xff"[i & 3] : filling == EDGES ? "\x80\x7f"[(first + i / PANEL_ROWS) & 1] : (uint8_t)code++;
@@ -84,26 +84,26 @@ static void fill_panel(uint32_t dtype, uint8_t *panel, size_t cols, enum Filling
                 bool zero = r == zero_row;
                 switch (dtype) {
                 case DTYPE_F32:
-                    ((float *)(void *)w)[k * PANEL_ROWS + r] = zero ? 0 : filling == TINY ? (float)random_integer(-3, 3) : random_float();
+                    ((float *)(void *)w)[k * PANEL_ROWS + r] = zero ? 0 : filling == TINY ? (float)next_integer(-3, 3) : next_float();
                     break;
                 case DTYPE_BF16: {
-                    float value = zero ? 0 : filling == TINY ? (float)random_integer(-3, 3) : random_float();
+                    float value = zero ? 0 : filling == TINY ? (float)next_integer(-3, 3) : next_float();
                     ((uint16_t *)(void *)w)[k / 2 * 2 * PANEL_ROWS + r * 2 + k % 2] = (uint16_t)(bits_from_float(value) >> 16);
                     break;
                 }
                 case DTYPE_F8: {         // RANDOM: every code in turn but the two not-a-numbers; EDGES: subnormals
-                    uint8_t e4m3 = filling == TINY ? (uint8_t)(0x38 + (random_bits() & 0x88)) : filling == EDGES ? random_bits() & 0x87 : (uint8_t)code++;
+                    uint8_t e4m3 = filling == TINY ? (uint8_t)(0x38 + (next_bits() & 0x88)) : filling == EDGES ? next_bits() & 0x87 : (uint8_t)code++;
                     if ((e4m3 & 0x7f) == 0x7f) e4m3 ^= 1;
                     w[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = zero ? 0x80 & e4m3 : e4m3;
                     break;
                 }
                 case DTYPE_Q8: {
-                    int q = filling == TINY ? random_integer(-3, 3) : filling == EDGES ? (r & 1 ? -127 : 127) : random_integer(-127, 127);
+                    int q = filling == TINY ? next_integer(-3, 3) : filling == EDGES ? (r & 1 ? -127 : 127) : next_integer(-127, 127);
                     w[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = (uint8_t)(zero ? 0 : q);
                     break;
                 }
                 case DTYPE_Q4:           // two columns a byte: every byte is written twice
-                    w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4] = filling == EDGES ? (r & 1 ? 0x00 : 0xff) : (uint8_t)random_bits();
+                    w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4] = filling == EDGES ? (r & 1 ? 0x00 : 0xff) : (uint8_t)next_bits();
                     break;
                 }
             }
@@ -136,16 +136,16 @@ static double panel_weight(uint32_t dtype, const uint8_t *panel, size_t cols, si
     }
 }
 
-static struct Row new_row(size_t cols, enum Filling filling) {
+static struct Row new_row(size_t cols, enum PanelContents filling) {
     size_t blocks = ceil_div(cols, K_BLOCK), groups = cols / K_GROUP;
     float *values = new_buffer(cols * sizeof *values, 0), *scales = new_buffer(blocks * sizeof *scales, 0);
     int8_t *quants = new_buffer(cols, 0);
     int32_t *sums = new_buffer(groups * sizeof *sums, 0);
-    int sign = random_bits() & 1 ? 1 : -1;
-    for (size_t b = 0; b < blocks; b++) scales[b] = filling == TINY ? 1 : random_float();
+    int sign = next_bits() & 1 ? 1 : -1;
+    for (size_t b = 0; b < blocks; b++) scales[b] = filling == TINY ? 1 : next_float();
     for (size_t k = 0; k < cols; k++) {
-        quants[k] = (int8_t)(filling == TINY ? random_integer(-1, 1) : filling == EDGES ? sign * 127 : random_integer(-127, 127));
-        values[k] = filling == TINY ? (float)random_integer(-3, 3) : random_float();
+        quants[k] = (int8_t)(filling == TINY ? next_integer(-1, 1) : filling == EDGES ? sign * 127 : next_integer(-127, 127));
+        values[k] = filling == TINY ? (float)next_integer(-3, 3) : next_float();
         sums[k / K_GROUP] += quants[k];
     }
     return (struct Row){values, quants, scales, sums};
@@ -161,12 +161,12 @@ static void free_row(struct Row row) {
 // ---- tests
 
 // A table's product of one dtype.
-static void test_product(const struct Kernels *table, uint32_t dtype, enum Filling filling) {
+static void test_product(const struct Kernels *table, uint32_t dtype, enum PanelContents filling) {
     bool integer = dtype == DTYPE_Q8 || dtype == DTYPE_Q4;
     for (size_t c = 0; c < COLS_COUNT; c++) {
         size_t cols = COLS[c], offset = c & 1 ? 32 : 0;       // panels are promised to be aligned to 32 bytes, not more
         uint8_t *panel = new_buffer(panel_bytes(dtype, cols), offset);
-        fill_panel(dtype, panel, cols, filling);
+        fill_test_panel(dtype, panel, cols, filling);
         struct Row rows[TILE_TOKENS];
         for (size_t t = 0; t < TILE_TOKENS; t++) rows[t] = new_row(cols, filling);
 
@@ -232,17 +232,17 @@ static void test_quantize_row(const struct Kernels *table) {
             int8_t *quants = new_buffer(cols, 0), *want = new_buffer(cols, 0);
             int32_t *sums = new_buffer(groups * sizeof *sums, 0), *want_sums = new_buffer(groups * sizeof *sums, 0);
             for (size_t k = 0; k < cols; k++) {
-                float special = specials[random_bits() % (sizeof specials / sizeof *specials)];
+                float special = specials[next_bits() % (sizeof specials / sizeof *specials)];
                 switch (kind) {
                 case 0: x[k] = 0; break;
                 case 1: x[k] = special; break;
-                case 2: x[k] = random_float() * 1e-38f; break;             // scales at the edge of the smallest
-                case 3: x[k] = random_float() * 1e-36f; break;
-                case 4: x[k] = random_float() * 3e38f; break;
-                case 5: x[k] = (float)random_integer(-254, 254) * 0.5f; break;   // ties
+                case 2: x[k] = next_float() * 1e-38f; break;             // scales at the edge of the smallest
+                case 3: x[k] = next_float() * 1e-36f; break;
+                case 4: x[k] = next_float() * 3e38f; break;
+                case 5: x[k] = (float)next_integer(-254, 254) * 0.5f; break;   // ties
                 case 6: x[k] = NAN; break;
-                case 7: x[k] = float_from_bits(random_bits()); break;
-                default: x[k] = random_bits() % 97 ? random_float() : kind & 1 ? special : 2 * random_float();
+                case 7: x[k] = float_from_bits(next_bits()); break;
+                default: x[k] = next_bits() % 97 ? next_float() : kind & 1 ? special : 2 * next_float();
                 }
             }
             if (kind == 5)
@@ -266,9 +266,9 @@ static void test_attention(const struct Kernels *table) {
     for (size_t c = 0; c < LENGTHS_COUNT; c++) {
         size_t cols = LENGTHS[c], stride = cols + 5;
         float *q = new_buffer(cols * 4, 0), *rows = new_buffer(((MAX_COUNT - 1) * stride + cols) * 4, 0), *weights = new_buffer(MAX_COUNT * 4, 0);
-        for (size_t i = 0; i < cols; i++) q[i] = random_float();
-        for (size_t i = 0; i < (MAX_COUNT - 1) * stride + cols; i++) rows[i] = random_float();
-        for (size_t j = 0; j < MAX_COUNT; j++) weights[j] = random_float();
+        for (size_t i = 0; i < cols; i++) q[i] = next_float();
+        for (size_t i = 0; i < (MAX_COUNT - 1) * stride + cols; i++) rows[i] = next_float();
+        for (size_t j = 0; j < MAX_COUNT; j++) weights[j] = next_float();
 
         float all[MAX_COUNT];
         table->score_rows(q, rows, stride, MAX_COUNT, cols, all);
@@ -312,8 +312,8 @@ static void test_exponentials(const struct Kernels *table) {
         for (int kind = 0; kind < 4; kind++) {
             float maximum = 2, width = kind == 0 ? 1 : kind == 1 ? 10 : 100;
             for (size_t i = 0; i < n; i++) {
-                x[i] = y[i] = kind == 3 && random_bits() % 2 ? -INFINITY : maximum - fabsf(random_float()) * width;
-                up[i] = random_float();
+                x[i] = y[i] = kind == 3 && next_bits() % 2 ? -INFINITY : maximum - fabsf(next_float()) * width;
+                up[i] = next_float();
             }
             double exact_sum = 0;
             float sum = table->exp_row(y, maximum, n);
@@ -323,7 +323,7 @@ static void test_exponentials(const struct Kernels *table) {
                 EXPECT(fabs(y[i] - exact) <= 1e-6 * exact + 2e-38, "exp_row: exp(%g) gave %.9g", (double)(x[i] - maximum), (double)y[i]);
             }
             EXPECT(fabs(sum - exact_sum) <= 2e-6 * exact_sum + 1e-35, "exp_row of %zu: sum %.9g, not %.9g", n, (double)sum, exact_sum);
-            for (size_t i = 0; i < n; i++) x[i] = y[i] = kind == 3 ? (float)random_integer(-1000, 1000) : random_float() * width;
+            for (size_t i = 0; i < n; i++) x[i] = y[i] = kind == 3 ? (float)next_integer(-1000, 1000) : next_float() * width;
             table->silu_multiply(y, up, n);
             for (size_t i = 0; i < n; i++) {
                 double exact = x[i] / (1 + exp(-(double)x[i])) * up[i];
@@ -348,7 +348,7 @@ static void test_conversions(const struct Kernels *table) {
     report(table->name, "half_to_float, all values");
 
     for (uint32_t round = 0; round < 64; round++) {
-        for (size_t i = 0; i < ALL; i++) values[i] = float_from_bits(round < 32 ? (uint32_t)i << 16 | round << 11 | (round & 1) : random_bits());
+        for (size_t i = 0; i < ALL; i++) values[i] = float_from_bits(round < 32 ? (uint32_t)i << 16 | round << 11 | (round & 1) : next_bits());
         table->float_to_half(values, back, ALL);
         portable_kernels.float_to_half(values, half, ALL);
         for (size_t i = 0; i < ALL; i++)
@@ -358,7 +358,7 @@ static void test_conversions(const struct Kernels *table) {
         size_t n = LENGTHS[c];
         float *x = new_buffer(n * 4, 0), *widened = new_buffer(n * 4, 0);
         uint16_t *narrowed = new_buffer(n * 2, 0);
-        for (size_t i = 0; i < n; i++) x[i] = random_float();
+        for (size_t i = 0; i < n; i++) x[i] = next_float();
         table->float_to_half(x, narrowed, n);
         table->half_to_float(narrowed, widened, n);
         for (size_t i = 0; i < n; i++) EXPECT(narrowed[i] == half_from_float(x[i]) && widened[i] == float_from_half(narrowed[i]), "half precision of %zu numbers: number %zu is wrong", n, i);
@@ -369,8 +369,8 @@ static void test_conversions(const struct Kernels *table) {
     for (size_t c = 0; c < LENGTHS_COUNT; c++) {
         size_t n = LENGTHS[c];
         int8_t *quants = new_buffer(n, 0);
-        float *out = new_buffer(n * 4, 0), scale = random_float();
-        for (size_t i = 0; i < n; i++) quants[i] = (int8_t)random_bits();
+        float *out = new_buffer(n * 4, 0), scale = next_float();
+        for (size_t i = 0; i < n; i++) quants[i] = (int8_t)next_bits();
         table->int8_to_float(quants, scale, out, n);
         for (size_t i = 0; i < n; i++) EXPECT(out[i] == scale * (float)quants[i], "int8_to_float of %d: %.9g", quants[i], (double)out[i]);
         free(quants), free(out);

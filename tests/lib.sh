@@ -19,13 +19,19 @@ skip() { echo "skip $group: $1: $2"; }
 # Joins the lines of a file for a message, and cuts it.
 brief() { tr '\n' '|' <"$1" | cut -c1-400; }
 
+# What a failed build or program says about it: its first lines with an error or a warning, else its last ones.
+reason() {
+    if grep -qE 'error:|warning:|ERROR' "$1"; then grep -E 'error:|warning:|ERROR' "$1" | head -n 3 | tr '\n' '|' | cut -c1-600
+    else tail -n 3 "$1" | tr '\n' '|' | cut -c1-600; fi
+}
+
 # passes NAME COMMAND...: the command must end with status 0; what it says when it does not is the reason.
 passes() {
     local name=$1 status
     shift
     timeout 300 "$@" >"$scratch/said" 2>&1 </dev/null
     status=$?
-    if [ $status = 0 ]; then ok "$name"; else fail "$name" "status $status: $(brief "$scratch/said")"; fi
+    if [ $status = 0 ]; then ok "$name"; else fail "$name" "status $status: $(reason "$scratch/said")"; fi
 }
 
 # same NAME EXPECTED-FILE GOT-FILE: the files must be the same bytes.

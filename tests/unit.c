@@ -48,12 +48,12 @@ static __attribute__((format(printf, 1, 2))) void report(const char *format, ...
 }
 
 // xorshift64*
-static uint64_t random_state = 0x9e3779b97f4a7c15;
-static uint32_t random_bits(void) {
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return (uint32_t)(random_state * 0x2545f4914f6cdd1d >> 32);
+static uint64_t test_random_state = 0x9e3779b97f4a7c15;
+static uint32_t test_random(void) {
+    test_random_state ^= test_random_state >> 12;
+    test_random_state ^= test_random_state << 25;
+    test_random_state ^= test_random_state >> 27;
+    return (uint32_t)(test_random_state * 0x2545f4914f6cdd1d >> 32);
 }
 
 // ---- number formats
@@ -86,7 +86,7 @@ static void test_formats(void) {
     report("all half-precision numbers, there and back");
 
     for (int i = 0; i < 2000000; i++) {
-        float value = float_from_bits(random_bits() >> 1);
+        float value = float_from_bits(test_random() >> 1);
         if (!(fabsf(value) < 65504.0f)) continue;
         uint16_t half = half_from_float(value);
         double error = fabs((double)value - (double)float_from_half(half));
@@ -105,17 +105,17 @@ static void test_sampler(void) {
     float logits[64];
     struct Sampler sampler;
     for (int round = 0; round < 2000; round++) {
-        for (size_t i = 0; i < 64; i++) logits[i] = (float)(random_bits() % 1000) * 0.01f;
+        for (size_t i = 0; i < 64; i++) logits[i] = (float)(test_random() % 1000) * 0.01f;
         uint32_t best = find_largest(logits, 64);
         for (size_t i = 0; i < 64; i++) EXPECT(logits[i] < logits[best] || (logits[i] == logits[best] && i >= best), "the first largest is %zu, got %u", i, best);
-        size_t top_k = 1 + random_bits() % 5;
-        sampler_init(&sampler, 64, 1.0f, 1.0f, 0, top_k, random_bits());
+        size_t top_k = 1 + test_random() % 5;
+        sampler_init(&sampler, 64, 1.0f, 1.0f, 0, top_k, test_random());
         uint32_t token = sample_token(&sampler, logits);
         size_t above = 0;
         for (size_t i = 0; i < 64; i++) above += logits[i] > logits[token];
         EXPECT(above < top_k, "top-k %zu gave the token of rank %zu", top_k, above);
         sampler_free(&sampler);
-        sampler_init(&sampler, 64, 0, 1.0f, 0, 0, random_bits());
+        sampler_init(&sampler, 64, 0, 1.0f, 0, 0, test_random());
         EXPECT(sample_token(&sampler, logits) == best, "temperature 0 gave another than the largest");
         sampler_free(&sampler);
     }
@@ -152,8 +152,8 @@ static void test_sampler(void) {
 
     static const float oddities[] = {NAN, INFINITY, -INFINITY, 0, 3e38f, -3e38f};
     for (int round = 0; round < 2000; round++) {
-        for (size_t i = 0; i < 64; i++) logits[i] = oddities[random_bits() % (round % 6 + 1)];
-        sampler_init(&sampler, 64, (float)(round % 3), 0.95f, 0.01f * (float)(round % 2), random_bits() % 4, random_bits());
+        for (size_t i = 0; i < 64; i++) logits[i] = oddities[test_random() % (round % 6 + 1)];
+        sampler_init(&sampler, 64, (float)(round % 3), 0.95f, 0.01f * (float)(round % 2), test_random() % 4, test_random());
         EXPECT(sample_token(&sampler, logits) < 64, "a token beyond the vocabulary");
         sampler_free(&sampler);
     }
@@ -296,7 +296,7 @@ static void test_forward(const char *path) {
     team.threads = 1;
     openblas_set_num_threads(1);
     uint32_t tokens[40];
-    for (size_t i = 0; i < 40; i++) tokens[i] = random_bits() % model->config.vocab_size;
+    for (size_t i = 0; i < 40; i++) tokens[i] = test_random() % model->config.vocab_size;
     const struct Kernels *list[MAX_KERNEL_TABLES];
     size_t tables = list_kernels(list);
     struct Sampler sampler;
@@ -323,7 +323,7 @@ static void test_forward(const char *path) {
     size_t data = align_up(file.metadata, FORMAT_PAGE);
     for (int kind = 0; kind < 4; kind++) {
         for (size_t i = data; i < file.size; i++)
-            file.bytes[i] = kind == 0 ? 0xff : kind == 1 ? 0x7f : kind == 2 ? 0 : (uint8_t)random_bits();
+            file.bytes[i] = kind == 0 ? 0xff : kind == 1 ? 0x7f : kind == 2 ? 0 : (uint8_t)test_random();
         for (size_t i = 0; i < tables; i++) {
             struct SessionOptions options = {.context = 64, .batch = 32, .logits_rows = 1, .cache = (enum CacheType)(kind % 3)};
             struct Session *session = session_create(model, &team, list[i], &options, error);

@@ -24,7 +24,10 @@ for command in run bench perplexity inspect tokenize logits; do
     if [ $status = 0 ] && [ ! -s "$scratch/error" ] && grep -q "r1 $command" "$scratch/got"; then ok "$command --help"
     else fail "$command --help" "expected status 0 and \"r1 $command\" on standard output, got status $status: $(brief "$scratch/got") $(brief "$scratch/error")"; fi
 done
-rejects "no command" 2 'usage|command|--help' "$r1"
+timeout 20 "$r1" >"$scratch/got" 2>"$scratch/error" </dev/null
+status=$?
+if [ $status = 2 ] && grep -q '^Usage: r1 ' "$scratch/error" && [ ! -s "$scratch/got" ]; then ok "no command"
+else fail "no command" "expected status 2 and the usage on standard error, got status $status: $(brief "$scratch/error")"; fi
 rejects "an unknown command" 2 'frobnicate' "$r1" frobnicate
 rejects "an unknown option" 2 'frobnicate' "$r1" run demo --frobnicate hello
 rejects "an unknown short option" 2 "-z|'z'" "$r1" run demo -z hello
@@ -32,8 +35,8 @@ rejects "run without a model" 2 'MODEL' "$r1" run
 rejects "too many arguments" 2 'three|argument|usage' "$r1" run demo one two three
 rejects "logits without --ids" 2 '--ids' "$r1" logits demo
 rejects "an option without its value" 2 'seed' "$r1" run demo hello --seed
-for wrong in "-n -5" "-n 3.5" "-n many" "-n 99999999999999999999" "-t 0" "-t -1" "-t x" "-c 0" "--batch 0" "--batch -3" "--temperature -1" \
-    "--temperature nan" "--temperature hot" "--top-p 1.5" "--top-p -0.1" "--top-k -1" "--min-p 2" "--seed x" "--kv q3" "--isa mmx" "--color blue"; do
+for wrong in "--max-tokens -5" "--max-tokens 3.5" "--max-tokens many" "--max-tokens 99999999999999999999" "--threads 0" "--threads -1" "--threads x" \
+    "--context 0" "--batch 0" "--batch -3" "--temperature -1" "--temperature nan" "--temperature hot" "--top-p 1.5" "--top-p -0.1" "--top-k -1" "--min-p 2" "--seed x" "--kv q3" "--isa mmx" "--color blue"; do
     rejects "$wrong" 2 "${wrong%% *}" "$r1" run demo hello ${wrong%% *} "${wrong#* }"
 done
 

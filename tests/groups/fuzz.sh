@@ -6,7 +6,7 @@ elif ! echo 'int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n)
     clang -x c - -fsanitize=fuzzer,address -o "$scratch/fuzzer" 2>/dev/null; then
     skip "all targets" "this clang has no libFuzzer"
 elif ! make --no-print-directory -j"$(getconf _NPROCESSORS_ONLN)" fuzz-programs >"$scratch/said" 2>&1; then
-    fail "all targets" "they do not build: $(grep -E 'error|Error' "$scratch/said" | head -n 3 | tr '\n' '|')"
+    fail "all targets" "they do not build: $(reason "$scratch/said")"
 elif ! tests/fuzz/seeds.sh "$scratch/seeds" >"$scratch/said" 2>&1; then
     fail "all targets" "no seeds: $(brief "$scratch/said")"
 else

@@ -3,7 +3,7 @@
 if ! echo 'int main(void) { return 0; }' | ${CC:-cc} -x c - -fsanitize=address,undefined -o "$scratch/sanitized" 2>/dev/null; then
     skip "all groups" "this compiler has no sanitizers"
 elif ! make --no-print-directory -j"$(getconf _NPROCESSORS_ONLN)" asan-programs >"$scratch/said" 2>&1; then
-    fail "build" "$(grep -E 'error|Error' "$scratch/said" | head -n 3 | tr '\n' '|')"
+    fail "build" "$(reason "$scratch/said")"
 else
     tests/run.sh --build build/asan --quick unit golden file convert cli >"$scratch/sanitized.txt" 2>&1
     grep -E '^(ok|FAIL|skip) ' "$scratch/sanitized.txt" | awk '!seen[$0]++' | sed 's/^\(ok  \|FAIL\|skip\) /\1 sanitize: /'

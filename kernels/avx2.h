@@ -1,0 +1,512 @@
+// AVX2 forms of the kernels, for processors with FMA and F16C (Intel since Haswell, AMD since Zen), and a second table
+// for those that can multiply and add bytes in one instruction (AVX-VNNI: Intel since Alder Lake, AMD since Zen 5).
+//
+// Panels keep 32 rows side by side, so a vector holds 8 rows and no sum ever crosses lanes. There are 16 registers: one
+// or two tokens take all 32 rows at a time, three or four take 16, and more tokens go in groups of four. The number of
+// tokens is a constant inside each instance, so that sums live in registers. Every function has the same name and
+// meaning as its portable form in r1.c.
+#ifndef R1_AVX2_KERNELS
+#define R1_AVX2_KERNELS
+
+#include <cpuid.h>
+#include <immintrin.h>
+
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX2_INLINE INLINE AVX2
+
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+// How far ahead of the weights in use the next ones are asked for. The processor's own prefetcher stops at the end of
+// each 4 KB page; asking made one token 5-40 % faster on a Xeon of 2023, whichever distance from 512 bytes to 4 KB.
+#define PREFETCH_BYTES 1024
+
+// Asks for the 128 bytes that lie PREFETCH_BYTES behind w. An address that is not there is no error.
+INLINE void prefetch_weights(const void *w) {
+    uintptr_t address = (uintptr_t)w + PREFETCH_BYTES;
+    __builtin_prefetch((const void *)address);
+    __builtin_prefetch((const void *)(address + 64));
+}
+
+// Four quants of a token in every lane.
+AVX2_INLINE __m256i broadcast_quants_avx2(const int8_t *quants) {
+    int32_t four;
+    memcpy(&four, quants, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
+// Two floats, over and over.
+AVX2_INLINE __m256 broadcast_pair_avx2(const float *pair) {
+    double both;
+    memcpy(&both, pair, sizeof both);
+    return _mm256_castpd_ps(_mm256_set1_pd(both));
+}
+
+AVX2_INLINE __m256i load_bytes_avx2(const void *bytes) { return _mm256_loadu_si256((const __m256i *)bytes); }
+
+// The sums of the lanes of four vectors.
+AVX2_INLINE __m128 sum_lanes_avx2(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+
+// ---- products of a panel
+// Each NAME_tile takes n (1 to 4) and vectors (how many vectors of 8 rows at a time) as constants. Between blocks of 256
+// columns the sums rest in out, which does not change their bits.
+
+#define AVX2_PRODUCT(name, tile, isa, ...)                                                                              \
+    isa static void name(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {                \
+        for (; n > 4; n -= 4, x += 4, out += 4 * PANEL_ROWS) tile(panel, cols, x, 4, 2, out __VA_ARGS__);               \
+        switch (n) {                                                                                                    \
+        case 1: tile(panel, cols, x, 1, 4, out __VA_ARGS__); break;                                                     \
+        case 2: tile(panel, cols, x, 2, 4, out __VA_ARGS__); break;                                                     \
+        case 3: tile(panel, cols, x, 3, 2, out __VA_ARGS__); break;                                                     \
+        case 4: tile(panel, cols, x, 4, 2, out __VA_ARGS__); break;                                                     \
+        }                                                                                                               \
+    }
+
+AVX2_INLINE void product_f32_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                       const size_t vectors, float *out) {
+    const float *w = (const float *)(const void *)panel;                   // [cols][32]
+    memset(out, 0, n * PANEL_ROWS * sizeof *out);
+    for (size_t first = 0; first < cols; first += K_BLOCK)
+        for (size_t row = 0; row < PANEL_ROWS; row += 8 * vectors) {
+            size_t end = min_size(first + K_BLOCK, cols);
+            __m256 sum[4][4];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = _mm256_loadu_ps(out + t * PANEL_ROWS + row + 8 * v);
+            for (size_t k = first; k < end; k++) {
+                const float *column = w + k * PANEL_ROWS + row;
+                if (row == 0) prefetch_weights(column);
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    __m256 weights = _mm256_loadu_ps(column + 8 * v);
+                    UNROLL for (size_t t = 0; t < n; t++) sum[t][v] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[t].values[k]), sum[t][v]);
+                }
+            }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) _mm256_storeu_ps(out + t * PANEL_ROWS + row + 8 * v, sum[t][v]);
+        }
+}
+
+// A lane holds two columns of a row; each is the upper half of a float.
+AVX2_INLINE void product_bf16_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                        const size_t vectors, float *out) {
+    const __m256i upper = _mm256_set1_epi32((int32_t)0xffff0000);
+    memset(out, 0, n * PANEL_ROWS * sizeof *out);
+    for (size_t first = 0; first < cols; first += K_BLOCK)
+        for (size_t row = 0; row < PANEL_ROWS; row += 8 * vectors) {
+            size_t end = min_size(first + K_BLOCK, cols);
+            __m256 sum[4][4];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = _mm256_loadu_ps(out + t * PANEL_ROWS + row + 8 * v);
+            for (size_t k = first; k < end; k += 2) {
+                const uint8_t *two = panel + k * PANEL_ROWS * 2 + row * 4; // [cols/2][32][2]
+                if (row == 0) prefetch_weights(two);
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    __m256i pairs = load_bytes_avx2(two + 32 * v);
+                    __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+                    __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+                    UNROLL for (size_t t = 0; t < n; t++) {
+                        sum[t][v] = _mm256_fmadd_ps(even, _mm256_set1_ps(x[t].values[k]), sum[t][v]);
+                        sum[t][v] = _mm256_fmadd_ps(odd, _mm256_set1_ps(x[t].values[k + 1]), sum[t][v]);
+                    }
+                }
+            }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) _mm256_storeu_ps(out + t * PANEL_ROWS + row + 8 * v, sum[t][v]);
+        }
+}
+
+// An E4M3 number's bits, one place further right in 16, are a half-precision number 2^-8 times as large, subnormals
+// included, and the conversion of those to float costs no more than that of others (arithmetic with subnormal floats
+// costs over a hundred cycles on Intel). Columns 0 and 2 of each four come out side by side in the lanes, and so do 1
+// and 3: a row has two sums, added up at the end. The halves of 32 columns go through memory because converting what is
+// there takes half the operations of converting half a register. The group's scale goes into the tokens' values.
+AVX2_INLINE void product_f8_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, const size_t vectors,
+                                      float *out) {
+    const __m256i half_bits = _mm256_set1_epi16((int16_t)0xbf80);
+    const size_t rows = 4 * vectors;                                       // at a time
+    float sums[4][PANEL_ROWS * 2];
+    memset(sums, 0, n * sizeof *sums);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [8], one for each 32 columns
+        const uint8_t *w = panel + block_head_bytes(DTYPE_F8, length);     // [length/4][32][4]
+        for (size_t group = 0; group < length; group += K_GROUP) {
+            uint16_t halves[K_GROUP * PANEL_ROWS];                         // [8 fours][columns 0 and 2, 1 and 3][32 rows][2]
+            for (size_t i = 0; i < K_GROUP * PANEL_ROWS; i += 4 * PANEL_ROWS, w += 4 * PANEL_ROWS) {
+                prefetch_weights(w);
+                UNROLL for (size_t v = 0; v < 4; v++) {
+                    __m256i codes = load_bytes_avx2(w + 32 * v);
+                    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 1), odd = _mm256_srai_epi16(codes, 1);
+                    _mm256_storeu_si256((__m256i *)(void *)(halves + i + 16 * v), _mm256_and_si256(even, half_bits));
+                    _mm256_storeu_si256((__m256i *)(void *)(halves + i + 64 + 16 * v), _mm256_and_si256(odd, half_bits));
+                }
+            }
+            float values[4][K_GROUP];                                      // columns 0, 2, 1, 3 of each four
+            __m256 scale = _mm256_set1_ps(scales[group / K_GROUP] * 256.0f);
+            for (size_t t = 0; t < n; t++)
+                for (size_t k = 0; k < K_GROUP; k += 8)
+                    _mm256_storeu_ps(values[t] + k, _mm256_mul_ps(_mm256_permute_ps(_mm256_loadu_ps(x[t].values + first + group + k), 0xd8), scale));
+            for (size_t row = 0; row < PANEL_ROWS; row += rows) {
+                __m256 sum[4][8];
+                UNROLL for (size_t t = 0; t < n; t++)
+                    UNROLL for (size_t v = 0; v < rows / 4; v++) sum[t][v] = _mm256_loadu_ps(sums[t] + 2 * row + 8 * v);
+                for (size_t k = 0; k < K_GROUP; k += 2) {
+                    const uint16_t *two = halves + k * PANEL_ROWS + 2 * row;
+                    UNROLL for (size_t v = 0; v < rows / 4; v++) {
+                        __m256 weights = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(two + 8 * v)));
+                        UNROLL for (size_t t = 0; t < n; t++) sum[t][v] = _mm256_fmadd_ps(weights, broadcast_pair_avx2(values[t] + k), sum[t][v]);
+                    }
+                }
+                UNROLL for (size_t t = 0; t < n; t++)
+                    UNROLL for (size_t v = 0; v < rows / 4; v++) _mm256_storeu_ps(sums[t] + 2 * row + 8 * v, sum[t][v]);
+            }
+        }
+        panel = w;
+    }
+    for (size_t t = 0; t < n; t++)
+        for (size_t row = 0; row < PANEL_ROWS; row += 8) {
+            __m256 eight = _mm256_hadd_ps(_mm256_loadu_ps(sums[t] + 2 * row), _mm256_loadu_ps(sums[t] + 2 * row + 8));
+            eight = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(eight), 0xd8));    // rows 0 1 4 5 2 3 6 7 before
+            _mm256_storeu_ps(out + t * PANEL_ROWS + row, eight);
+        }
+}
+
+// sum + the products of four pairs of bytes in each lane; with vnni the weights are unsigned (128 was added). Without, both
+// are signed, and |weight| times the quant with the weight's sign keeps the intermediate sums of two within 16 bits.
+AVX2_INLINE __m256i add_byte_products_avx2(__m256i sum, __m256i weights, __m256i quants, const bool vnni) {
+    if (vnni) {
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(quants));
+        return sum;
+    }
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(quants, weights));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// sum[v] of rows 8v to 8v + 7 of the block becomes floats, times the scales, and is added to what is in out.
+AVX2_INLINE void add_scaled_avx2(float *out, __m256i sum, __m256 scale, bool is_first) {
+    __m256 before = is_first ? _mm256_setzero_ps() : _mm256_loadu_ps(out);
+    _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, before));
+}
+
+AVX2_INLINE void product_q8_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, const size_t vectors,
+                                      float *out, const bool vnni) {
+    const __m256i flip = vnni ? _mm256_set1_epi8((char)0x80) : _mm256_setzero_si256();   // adds 128
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q8, length);     // [length/4][32][4]
+        int32_t start[4] = {0};                                            // takes back the 128 times each quant
+        for (size_t t = 0; vnni && t < n; t++)
+            for (size_t g = 0; g < length / K_GROUP; g++) start[t] -= 128 * x[t].sums[first / K_GROUP + g];
+        for (size_t row = 0; row < PANEL_ROWS; row += 8 * vectors) {
+            __m256i sum[4][4];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = _mm256_set1_epi32(start[t]);
+            for (size_t k = 0; k < length; k += 4) {
+                const uint8_t *four = w + k * PANEL_ROWS + row * 4;
+                if (row == 0) prefetch_weights(four);
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    __m256i weights = _mm256_xor_si256(load_bytes_avx2(four + 32 * v), flip);
+                    UNROLL for (size_t t = 0; t < n; t++)
+                        sum[t][v] = add_byte_products_avx2(sum[t][v], weights, broadcast_quants_avx2(x[t].quants + first + k), vnni);
+                }
+            }
+            UNROLL for (size_t t = 0; t < n; t++) {
+                __m256 x_scale = _mm256_set1_ps(x[t].scales[first / K_BLOCK]);
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    size_t r = row + 8 * v;
+                    add_scaled_avx2(out + t * PANEL_ROWS + r, sum[t][v], _mm256_mul_ps(_mm256_loadu_ps(scales + r), x_scale), first == 0);
+                }
+            }
+        }
+        panel = w + value_bytes(DTYPE_Q8, length);
+    }
+}
+
+// The table values get 128 added where vnni asks for it, and the shift of a row that has it is not added to its weights
+// but, times the sum of the 32 quants, to the sum.
+AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, const size_t vectors,
+                                      float *out, const bool vnni) {
+    const __m256i flip = vnni ? _mm256_set1_epi8((char)0x80) : _mm256_setzero_si256();
+    const __m128i signed_table = _mm_loadu_si128((const __m128i *)(const void *)Q4_TABLE);
+    const __m256i table = _mm256_xor_si256(_mm256_broadcastsi128_si256(signed_table), flip);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const float *row_scales = (const float *)(const void *)panel;          // [32]
+    panel += panel_head_bytes(DTYPE_Q4);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const uint8_t *sub = panel;                                        // [length/32][32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
+        for (size_t row = 0; row < PANEL_ROWS; row += 8 * vectors) {
+            __m256i part[4][4];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) part[t][v] = _mm256_setzero_si256();
+            for (size_t group = 0; group < length; group += K_GROUP) {
+                __m256i sum[4][4];
+                UNROLL for (size_t t = 0; t < n; t++)
+                    UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = _mm256_setzero_si256();
+                for (size_t k = group; k < group + K_GROUP; k += 8) {
+                    const uint8_t *eight = w + k * PANEL_ROWS / 2 + row * 4;
+                    if (row == 0) prefetch_weights(eight);
+                    UNROLL for (size_t v = 0; v < vectors; v++) {
+                        __m256i pairs = load_bytes_avx2(eight + 32 * v);
+                        __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(pairs, nibble));
+                        __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble));
+                        UNROLL for (size_t t = 0; t < n; t++) {
+                            const int8_t *q = x[t].quants + first + k;
+                            sum[t][v] = add_byte_products_avx2(sum[t][v], low, broadcast_quants_avx2(q), vnni);
+                            sum[t][v] = add_byte_products_avx2(sum[t][v], high, broadcast_quants_avx2(q + 4), vnni);
+                        }
+                    }
+                }
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    const __m128i *bytes = (const __m128i *)(const void *)(sub + group + row + 8 * v);   // [group / 32][32]
+                    __m256i scale = _mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes));
+                    // Q4_SHIFT (a power of 2) or 0 in each lane, less the 128 of vnni.
+                    __m256i shift = _mm256_mullo_epi16(_mm256_and_si256(scale, _mm256_set1_epi32(1)), _mm256_set1_epi32(Q4_SHIFT));
+                    if (vnni) shift = _mm256_sub_epi32(shift, _mm256_set1_epi32(128));
+                    scale = _mm256_and_si256(scale, _mm256_set1_epi32(-2));
+                    UNROLL for (size_t t = 0; t < n; t++) {
+                        __m256i shifts = _mm256_mullo_epi32(shift, _mm256_set1_epi32(x[t].sums[(first + group) / K_GROUP]));
+                        __m256i products = _mm256_mullo_epi32(_mm256_add_epi32(sum[t][v], shifts), scale);
+                        part[t][v] = _mm256_add_epi32(part[t][v], products);
+                    }
+                }
+            }
+            UNROLL for (size_t t = 0; t < n; t++) {
+                __m256 x_scale = _mm256_set1_ps(x[t].scales[first / K_BLOCK]);
+                UNROLL for (size_t v = 0; v < vectors; v++) add_scaled_avx2(out + t * PANEL_ROWS + row + 8 * v, part[t][v], x_scale, first == 0);
+            }
+        }
+        panel = w + value_bytes(DTYPE_Q4, length);
+    }
+    for (size_t i = 0; i < n * PANEL_ROWS; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_loadu_ps(out + i), _mm256_loadu_ps(row_scales + i % PANEL_ROWS)));
+}
+
+#define NO_MORE
+#define WITHOUT_VNNI , false
+#define WITH_VNNI , true
+AVX2_PRODUCT(product_f32_avx2, product_f32_avx2_tile, AVX2, NO_MORE)
+AVX2_PRODUCT(product_bf16_avx2, product_bf16_avx2_tile, AVX2, NO_MORE)
+AVX2_PRODUCT(product_f8_avx2, product_f8_avx2_tile, AVX2, NO_MORE)
+AVX2_PRODUCT(product_q8_avx2, product_q8_avx2_tile, AVX2, WITHOUT_VNNI)
+AVX2_PRODUCT(product_q4_avx2, product_q4_avx2_tile, AVX2, WITHOUT_VNNI)
+AVX2_PRODUCT(product_q8_avxvnni, product_q8_avx2_tile, AVX2, WITH_VNNI)
+AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, AVX2, WITH_VNNI)
+
+// ---- everything else
+
+AVX2 static void quantize_row_avx2(const float *x, size_t cols, int8_t *quants, float *scales, int32_t *sums) {
+    const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t end = min_size(first + K_BLOCK, cols);
+        __m256 largest8 = _mm256_setzero_ps();
+        // max_ps(a, b) is a > b ? a : b, so a not-a-number in a leaves b.
+        for (size_t k = first; k < end; k += 8) largest8 = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(x + k), no_sign), largest8);
+        __m128 largest4 = _mm_max_ps(_mm256_castps256_ps128(largest8), _mm256_extractf128_ps(largest8, 1));
+        largest4 = _mm_max_ps(largest4, _mm_movehl_ps(largest4, largest4));
+        float largest = _mm_cvtss_f32(_mm_max_ss(largest4, _mm_movehdup_ps(largest4)));
+        float scale = largest < INFINITY ? largest / 127.0f : 0.0f;
+        float inverse = scale > 1e-38f ? 1.0f / scale : 0.0f;
+        scales[first / K_BLOCK] = inverse > 0 ? scale : 0.0f;
+        for (size_t group = first; group < end; group += K_GROUP) {
+            __m256i nearest[4];
+            UNROLL for (size_t v = 0; v < 4; v++) {
+                __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + group + 8 * v), _mm256_set1_ps(inverse));
+                scaled = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
+                nearest[v] = _mm256_cvtps_epi32(scaled);                   // to nearest even
+            }
+            __m256i words0 = _mm256_packs_epi32(nearest[0], nearest[1]), words1 = _mm256_packs_epi32(nearest[2], nearest[3]);
+            // The packs work on each 128 bits apart: groups of four come out as 0 2 4 6 1 3 5 7.
+            __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            _mm256_storeu_si256((__m256i *)(void *)(quants + group), bytes);
+            __m256i sum8 = _mm256_add_epi32(_mm256_add_epi32(nearest[0], nearest[1]), _mm256_add_epi32(nearest[2], nearest[3]));
+            __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(sum8), _mm256_extracti128_si256(sum8, 1));
+            sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));
+            sums[group / K_GROUP] = _mm_cvtsi128_si32(_mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0xb1)));
+        }
+    }
+}
+
+// The scores of four rows, which lie anywhere. The order of additions in a row is the same whichever place it has.
+AVX2_INLINE __m128 score_four_avx2(const float *q, const float *a, const float *b, const float *c, const float *d, size_t cols) {
+    __m256 sum_a = _mm256_setzero_ps(), sum_b = sum_a, sum_c = sum_a, sum_d = sum_a;
+    size_t i = 0;
+    for (; i + 8 <= cols; i += 8) {
+        __m256 value = _mm256_loadu_ps(q + i);
+        sum_a = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), value, sum_a);
+        sum_b = _mm256_fmadd_ps(_mm256_loadu_ps(b + i), value, sum_b);
+        sum_c = _mm256_fmadd_ps(_mm256_loadu_ps(c + i), value, sum_c);
+        sum_d = _mm256_fmadd_ps(_mm256_loadu_ps(d + i), value, sum_d);
+    }
+    __m128 scores = sum_lanes_avx2(sum_a, sum_b, sum_c, sum_d);
+    for (; i < cols; i++) scores = _mm_fmadd_ps(_mm_setr_ps(a[i], b[i], c[i], d[i]), _mm_set1_ps(q[i]), scores);
+    return scores;
+}
+
+AVX2 static void score_rows_avx2(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols, float *scores) {
+    for (size_t j = 0; j < count; j += 4) {
+        size_t left = count - j;
+        const float *a = rows + j * row_stride, *b = left > 1 ? a + row_stride : a;
+        const float *c = left > 2 ? a + 2 * row_stride : a, *d = left > 3 ? a + 3 * row_stride : a;
+        __m128 four = score_four_avx2(q, a, b, c, d, cols);
+        if (left >= 4) {
+            _mm_storeu_ps(scores + j, four);
+        } else {
+            float kept[4];
+            _mm_storeu_ps(kept, four);
+            memcpy(scores + j, kept, left * sizeof *kept);
+        }
+    }
+}
+
+AVX2 static float dot_avx2(const float *x, const float *y, size_t n) {
+    __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        UNROLL for (size_t v = 0; v < 4; v++)
+            sum[v] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i + 8 * v), _mm256_loadu_ps(y + i + 8 * v), sum[v]);
+    for (; i + 8 <= n; i += 8) sum[0] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), sum[0]);
+    __m128 sums = sum_lanes_avx2(sum[0], sum[1], sum[2], sum[3]);
+    sums = _mm_add_ps(sums, _mm_movehl_ps(sums, sums));
+    float total = _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)));
+    for (; i < n; i++) total += x[i] * y[i];
+    return total;
+}
+
+// out[0 .. 8 vectors - 1] of mix_rows, kept in registers while the rows pass.
+AVX2_INLINE void mix_columns_avx2(const float *weights, const float *rows, size_t row_stride, size_t count, float *out, const size_t vectors) {
+    __m256 sum[8];
+    UNROLL for (size_t v = 0; v < vectors; v++) sum[v] = _mm256_loadu_ps(out + 8 * v);
+    for (size_t j = 0; j < count; j++) {
+        const float *row = rows + j * row_stride;
+        __m256 weight = _mm256_set1_ps(weights[j]);
+        UNROLL for (size_t v = 0; v < vectors; v++) sum[v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(row + 8 * v), sum[v]);
+    }
+    UNROLL for (size_t v = 0; v < vectors; v++) _mm256_storeu_ps(out + 8 * v, sum[v]);
+}
+
+AVX2 static void mix_rows_avx2(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols, float *out) {
+    size_t c = 0;
+    for (; c + 64 <= cols; c += 64) mix_columns_avx2(weights, rows + c, row_stride, count, out + c, 8);
+    for (; c + 8 <= cols; c += 8) mix_columns_avx2(weights, rows + c, row_stride, count, out + c, 1);
+    if (c < cols)
+        for (size_t j = 0; j < count; j++)
+            for (size_t i = c; i < cols; i++) out[i] += weights[j] * rows[j * row_stride + i];
+}
+
+// exp_float() of 8 numbers.
+AVX2_INLINE __m256 exp_avx2(__m256 x) {
+    x = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
+    x = _mm256_min_ps(_mm256_set1_ps(88.0f), x);
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fmadd_ps(n, _mm256_set1_ps(2.12194440e-4f), r);
+    __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+    p = _mm256_add_ps(_mm256_fmadd_ps(_mm256_mul_ps(p, r), r, r), _mm256_set1_ps(1.0f));
+    __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift));
+}
+
+AVX2 static float exp_row_avx2(float *x, float maximum, size_t n) {
+    const __m256 largest = _mm256_set1_ps(maximum);
+    __m256 sum = _mm256_setzero_ps();
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 value = exp_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), largest));
+        _mm256_storeu_ps(x + i, value);
+        sum = _mm256_add_ps(sum, value);
+    }
+    float total = _mm_cvtss_f32(sum_lanes_avx2(sum, sum, sum, sum));
+    for (; i < n; i++) {
+        x[i] = exp_float(x[i] - maximum);
+        total += x[i];
+    }
+    return total;
+}
+
+AVX2 static void silu_multiply_avx2(float *gate, const float *up, size_t n) {
+    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 g = _mm256_loadu_ps(gate + i);
+        __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exp_avx2(_mm256_xor_ps(g, sign))));
+        _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
+    }
+    silu_multiply_body(gate + i, up + i, n - i);
+}
+
+AVX2 static void half_to_float_avx2(const uint16_t *half, float *out, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(half + i))));
+    for (; i < n; i++) out[i] = float_from_half(half[i]);
+}
+
+AVX2 static void float_to_half_avx2(const float *x, uint16_t *half, size_t n) {
+    const __m256 largest = _mm256_set1_ps(65504.0f), sign = _mm256_set1_ps(-0.0f);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 value = _mm256_loadu_ps(x + i);
+        // A not-a-number becomes the plain one with its sign; min and max return their second operand for it.
+        __m256 plain = _mm256_or_ps(_mm256_and_ps(value, sign), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
+        __m256 limited = _mm256_max_ps(_mm256_xor_ps(largest, sign), _mm256_min_ps(largest, value));
+        limited = _mm256_blendv_ps(limited, plain, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+        _mm_storeu_si128((__m128i *)(void *)(half + i), _mm256_cvtps_ph(limited, _MM_FROUND_TO_NEAREST_INT));
+    }
+    for (; i < n; i++) half[i] = half_from_float(x[i]);
+}
+
+AVX2 static void int8_to_float_avx2(const int8_t *quants, float scale, float *out, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(quants + i)));
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(wide)));
+    }
+    for (; i < n; i++) out[i] = scale * (float)quants[i];
+}
+
+// CPUID leaf 1, ECX bit 29: conversion from and to half precision.
+static bool has_f16c(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+
+// CPUID leaf 7, subleaf 1, EAX bit 4. Compilers of 2022 do not know the names of these two. The caller has checked for
+// AVX2, and with it that the operating system keeps the registers.
+static bool has_avxvnni(void) {
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || eax < 1) return false;    // eax: the last subleaf
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+
+#define AVX2_TABLE(table, q8, q4)                                                                                       \
+    {                                                                                                                   \
+        .name = table,                                                                                                  \
+        .product = {[DTYPE_F32] = product_f32_avx2, [DTYPE_BF16] = product_bf16_avx2, [DTYPE_F8] = product_f8_avx2,     \
+                    [DTYPE_Q8] = q8, [DTYPE_Q4] = q4},                                                                  \
+        .quantize_row = quantize_row_avx2,                                                                              \
+        .dot = dot_avx2,                                                                                                \
+        .score_rows = score_rows_avx2,                                                                                  \
+        .mix_rows = mix_rows_avx2,                                                                                      \
+        .exp_row = exp_row_avx2,                                                                                        \
+        .silu_multiply = silu_multiply_avx2,                                                                            \
+        .half_to_float = half_to_float_avx2,                                                                            \
+        .float_to_half = float_to_half_avx2,                                                                            \
+        .int8_to_float = int8_to_float_avx2,                                                                            \
+    }
+
+static const struct Kernels avx2_kernels = AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2);
+static const struct Kernels avxvnni_kernels = AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni);
+
+#endif
