@@ -1752,11 +1752,14 @@ static void attend_chunk(const struct Session *s, struct Worker *worker, const s
 }
 
 // How a step's tokens and the heads that share a cache head are cut into pieces of work: as large as the buffers allow,
-// so that a piece of the cache is read once for many queries, but enough pieces for all threads.
+// so that a piece of the cache is read once for many queries, but enough pieces for all threads. Where OpenBLAS computes,
+// its last bits depend on the size of the piece, which so must not depend on the number of threads.
+#define GEMM_PIECES 64
 static void choose_piece(const struct Session *s, size_t cache_heads_count, size_t heads, size_t *piece_tokens, size_t *piece_heads) {
+    size_t least_pieces = s->n > EXACT_TOKENS ? GEMM_PIECES : 2 * (size_t)s->team->threads;
     *piece_heads = min_size(heads, ATTENTION_QUERIES);
     *piece_tokens = min_size(s->n, ATTENTION_QUERIES / *piece_heads);
-    while (cache_heads_count * ceil_div(heads, *piece_heads) * ceil_div(s->n, *piece_tokens) < 2 * (size_t)s->team->threads) {
+    while (cache_heads_count * ceil_div(heads, *piece_heads) * ceil_div(s->n, *piece_tokens) < least_pieces) {
         if (*piece_tokens > 1) *piece_tokens = ceil_div(*piece_tokens, 2);
         else if (*piece_heads > 1) *piece_heads = ceil_div(*piece_heads, 2);
         else break;
@@ -3200,13 +3203,12 @@ static void multiply_neon(uint64_t rounds) {
 #define PORTABLE_PROBE_BYTES 1024
 static void multiply_portable(uint64_t rounds) {
     static const int8_t zeros[PORTABLE_PROBE_BYTES];
-    volatile int32_t result = 0;
     for (; rounds; rounds--) {
         int32_t sum = 0;
         const int8_t *x = zeros;
-        __asm__ volatile("" : "+r"(x));   // so that no round is left out
+        __asm__ volatile("" : "+r"(x));   // so that no round is left out, nor its result
         for (size_t i = 0; i < PORTABLE_PROBE_BYTES; i++) sum += x[i] * x[PORTABLE_PROBE_BYTES - 1 - i];
-        result += sum;
+        __asm__ volatile("" : : "r"(sum));
     }
 }
 
@@ -3417,7 +3419,7 @@ static void report_measurement(const struct Bench *bench, const struct Measureme
 static void print_bench_head(const struct Bench *bench) {
     const struct Model *model = bench->model;
     const struct Command *command = bench->command;
-    printf("%s, %s, %.2f GB (%.2f GB read per token), %" PRIu64 " thread%s, %s, cache %s\n", model->name, dtype_name(model->config.recipe),
+    printf("%s, %s, %.3g GB (%.3g GB read per token), %" PRIu64 " thread%s, %s, cache %s\n", model->name, dtype_name(model->config.recipe),
            (double)model->size / 1e9, active_bytes(model) / 1e9, command->threads, command->threads == 1 ? "" : "s", command->kernels->name,
            cache_names[command->cache]);
     printf("this machine: reads %.1f GB/s, multiplies %.0f int8 GMAC/s; %s in %.2f s\n\n", bench->machine.read_gb_s,
@@ -4039,6 +4041,7 @@ struct Generation {
     size_t prefix_start;          // the prompt's generation prefix, as far as it is shown: ids [prefix_start, prompt.count)
     TokenList close;              // ids of "\n</think>\n\n", which end the thinking when its budget is used up
     size_t close_newline;         // how many of them are the first newline
+    TokenList next;               // ids to evaluate next
     uint64_t seed;
     size_t written, thought;      // tokens
     enum EndReason reason;
@@ -4150,17 +4153,15 @@ static bool go_on(struct Generation *g, uint32_t token) {
         g->thought += token != g->specials->think;
         closes = budget != NOT_GIVEN && g->thought >= budget;
     }
-    TokenList next = {0};
-    push_id(&next, token);
+    TokenList *next = &g->next;
+    next->count = 0;
+    push_id(next, token);
     if (closes)
-        for (size_t i = g->display.last == '\n' ? g->close_newline : 0; i < g->close.count; i++) push_id(&next, g->close.ids[i]);
-    bool fits = next.count <= g->session->options.context - g->session->position;
-    if (fits) {
-        for (size_t i = 1; i < next.count; i++) show_token(&g->display, next.ids[i]);
-        prefill(g->session, next.ids, next.count);
-    }
-    free(next.ids);
-    return fits;
+        for (size_t i = g->display.last == '\n' ? g->close_newline : 0; i < g->close.count; i++) push_id(next, g->close.ids[i]);
+    if (next->count > g->session->options.context - g->session->position) return false;
+    for (size_t i = 1; i < next->count; i++) show_token(&g->display, next->ids[i]);
+    prefill(g->session, next->ids, next->count);
+    return true;
 }
 
 // With --hide-thinking a terminal shows that there is some.
@@ -4249,6 +4250,7 @@ static int run_generation(const struct Command *command, const struct Model *mod
     session_free(g.session);
     free(g.prompt.ids);
     free(g.close.ids);
+    free(g.next.ids);
     return 0;
 }
 
