@@ -959,7 +959,6 @@ INLINE void quantize_row_body(const float *x, size_t cols, int8_t *quants, float
     for (size_t first = 0; first < cols; first += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - first);
         float largest = 0;
-#pragma omp simd reduction(max : largest)
         for (size_t k = 0; k < length; k++) {
             float magnitude = fabsf(x[first + k]);
             largest = magnitude > largest ? magnitude : largest;

@@ -57,8 +57,8 @@ AVX2_INLINE __m128 sum_lanes_avx2(__m256 a, __m256 b, __m256 c, __m256 d) {
 // Each NAME_tile takes n (1 to 4) and vectors (how many vectors of 8 rows at a time) as constants. Between blocks of 256
 // columns the sums rest in out, which does not change their bits.
 
-#define AVX2_PRODUCT(name, tile, isa, ...)                                                                              \
-    isa static void name(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {                \
+#define AVX2_PRODUCT(name, tile, ...)                                                                                   \
+    AVX2 static void name(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {               \
         for (; n > 4; n -= 4, x += 4, out += 4 * PANEL_ROWS) tile(panel, cols, x, 4, 2, out __VA_ARGS__);               \
         switch (n) {                                                                                                    \
         case 1: tile(panel, cols, x, 1, 4, out __VA_ARGS__); break;                                                     \
@@ -77,17 +77,20 @@ AVX2_INLINE void product_f32_avx2_tile(const uint8_t *panel, size_t cols, const 
             size_t end = min_size(first + K_BLOCK, cols);
             __m256 sum[4][4];
             UNROLL for (size_t t = 0; t < n; t++)
-                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = _mm256_loadu_ps(out + t * PANEL_ROWS + row + 8 * v);
+                UNROLL for (size_t v = 0; v < vectors; v++)
+                    sum[t][v] = _mm256_loadu_ps(out + t * PANEL_ROWS + row + 8 * v);
             for (size_t k = first; k < end; k++) {
                 const float *column = w + k * PANEL_ROWS + row;
                 if (row == 0) prefetch_weights(column);
                 UNROLL for (size_t v = 0; v < vectors; v++) {
                     __m256 weights = _mm256_loadu_ps(column + 8 * v);
-                    UNROLL for (size_t t = 0; t < n; t++) sum[t][v] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[t].values[k]), sum[t][v]);
+                    UNROLL for (size_t t = 0; t < n; t++)
+                        sum[t][v] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[t].values[k]), sum[t][v]);
                 }
             }
             UNROLL for (size_t t = 0; t < n; t++)
-                UNROLL for (size_t v = 0; v < vectors; v++) _mm256_storeu_ps(out + t * PANEL_ROWS + row + 8 * v, sum[t][v]);
+                UNROLL for (size_t v = 0; v < vectors; v++)
+                    _mm256_storeu_ps(out + t * PANEL_ROWS + row + 8 * v, sum[t][v]);
         }
 }
 
@@ -101,7 +104,8 @@ AVX2_INLINE void product_bf16_avx2_tile(const uint8_t *panel, size_t cols, const
             size_t end = min_size(first + K_BLOCK, cols);
             __m256 sum[4][4];
             UNROLL for (size_t t = 0; t < n; t++)
-                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = _mm256_loadu_ps(out + t * PANEL_ROWS + row + 8 * v);
+                UNROLL for (size_t v = 0; v < vectors; v++)
+                    sum[t][v] = _mm256_loadu_ps(out + t * PANEL_ROWS + row + 8 * v);
             for (size_t k = first; k < end; k += 2) {
                 const uint8_t *two = panel + k * PANEL_ROWS * 2 + row * 4; // [cols/2][32][2]
                 if (row == 0) prefetch_weights(two);
@@ -116,7 +120,8 @@ AVX2_INLINE void product_bf16_avx2_tile(const uint8_t *panel, size_t cols, const
                 }
             }
             UNROLL for (size_t t = 0; t < n; t++)
-                UNROLL for (size_t v = 0; v < vectors; v++) _mm256_storeu_ps(out + t * PANEL_ROWS + row + 8 * v, sum[t][v]);
+                UNROLL for (size_t v = 0; v < vectors; v++)
+                    _mm256_storeu_ps(out + t * PANEL_ROWS + row + 8 * v, sum[t][v]);
         }
 }
 
@@ -125,8 +130,8 @@ AVX2_INLINE void product_bf16_avx2_tile(const uint8_t *panel, size_t cols, const
 // costs over a hundred cycles on Intel). Columns 0 and 2 of each four come out side by side in the lanes, and so do 1
 // and 3: a row has two sums, added up at the end. The halves of 32 columns go through memory because converting what is
 // there takes half the operations of converting half a register. The group's scale goes into the tokens' values.
-AVX2_INLINE void product_f8_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, const size_t vectors,
-                                      float *out) {
+AVX2_INLINE void product_f8_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                      const size_t vectors, float *out) {
     const __m256i half_bits = _mm256_set1_epi16((int16_t)0xbf80);
     const size_t rows = 4 * vectors;                                       // at a time
     float sums[4][PANEL_ROWS * 2];
@@ -136,7 +141,8 @@ AVX2_INLINE void product_f8_avx2_tile(const uint8_t *panel, size_t cols, const s
         const float *scales = (const float *)(const void *)panel;          // [8], one for each 32 columns
         const uint8_t *w = panel + block_head_bytes(DTYPE_F8, length);     // [length/4][32][4]
         for (size_t group = 0; group < length; group += K_GROUP) {
-            uint16_t halves[K_GROUP * PANEL_ROWS];                         // [8 fours][columns 0 and 2, 1 and 3][32 rows][2]
+            // [8 fours][columns 0 and 2, columns 1 and 3][32 rows][2]
+            uint16_t halves[K_GROUP * PANEL_ROWS] __attribute__((aligned(64)));
             for (size_t i = 0; i < K_GROUP * PANEL_ROWS; i += 4 * PANEL_ROWS, w += 4 * PANEL_ROWS) {
                 prefetch_weights(w);
                 UNROLL for (size_t v = 0; v < 4; v++) {
@@ -146,11 +152,13 @@ AVX2_INLINE void product_f8_avx2_tile(const uint8_t *panel, size_t cols, const s
                     _mm256_storeu_si256((__m256i *)(void *)(halves + i + 64 + 16 * v), _mm256_and_si256(odd, half_bits));
                 }
             }
-            float values[4][K_GROUP];                                      // columns 0, 2, 1, 3 of each four
+            float values[4][K_GROUP] __attribute__((aligned(64))); // columns 0, 2, 1, 3 of each four
             __m256 scale = _mm256_set1_ps(scales[group / K_GROUP] * 256.0f);
             for (size_t t = 0; t < n; t++)
                 for (size_t k = 0; k < K_GROUP; k += 8)
-                    _mm256_storeu_ps(values[t] + k, _mm256_mul_ps(_mm256_permute_ps(_mm256_loadu_ps(x[t].values + first + group + k), 0xd8), scale));
+                    _mm256_storeu_ps(
+                        values[t] + k,
+                        _mm256_mul_ps(_mm256_permute_ps(_mm256_loadu_ps(x[t].values + first + group + k), 0xd8), scale));
             for (size_t row = 0; row < PANEL_ROWS; row += rows) {
                 __m256 sum[4][8];
                 UNROLL for (size_t t = 0; t < n; t++)
@@ -159,7 +167,8 @@ AVX2_INLINE void product_f8_avx2_tile(const uint8_t *panel, size_t cols, const s
                     const uint16_t *two = halves + k * PANEL_ROWS + 2 * row;
                     UNROLL for (size_t v = 0; v < rows / 4; v++) {
                         __m256 weights = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(two + 8 * v)));
-                        UNROLL for (size_t t = 0; t < n; t++) sum[t][v] = _mm256_fmadd_ps(weights, broadcast_pair_avx2(values[t] + k), sum[t][v]);
+                        UNROLL for (size_t t = 0; t < n; t++)
+                            sum[t][v] = _mm256_fmadd_ps(weights, broadcast_pair_avx2(values[t] + k), sum[t][v]);
                     }
                 }
                 UNROLL for (size_t t = 0; t < n; t++)
@@ -171,12 +180,13 @@ AVX2_INLINE void product_f8_avx2_tile(const uint8_t *panel, size_t cols, const s
     for (size_t t = 0; t < n; t++)
         for (size_t row = 0; row < PANEL_ROWS; row += 8) {
             __m256 eight = _mm256_hadd_ps(_mm256_loadu_ps(sums[t] + 2 * row), _mm256_loadu_ps(sums[t] + 2 * row + 8));
-            eight = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(eight), 0xd8));    // rows 0 1 4 5 2 3 6 7 before
+            eight =
+                _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(eight), 0xd8)); // rows 0 1 4 5 2 3 6 7 before
             _mm256_storeu_ps(out + t * PANEL_ROWS + row, eight);
         }
 }
 
-// sum + the products of four pairs of bytes in each lane; with vnni the weights are unsigned (128 was added). Without, both
+// sum + the products of four pairs of bytes in each lane. With vnni the weights are unsigned (128 was added); without, both
 // are signed, and |weight| times the quant with the weight's sign keeps the intermediate sums of two within 16 bits.
 AVX2_INLINE __m256i add_byte_products_avx2(__m256i sum, __m256i weights, __m256i quants, const bool vnni) {
     if (vnni) {
@@ -187,14 +197,14 @@ AVX2_INLINE __m256i add_byte_products_avx2(__m256i sum, __m256i weights, __m256i
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// sum[v] of rows 8v to 8v + 7 of the block becomes floats, times the scales, and is added to what is in out.
+// The sums of 8 rows over a block, times their scales, are added to what is in out.
 AVX2_INLINE void add_scaled_avx2(float *out, __m256i sum, __m256 scale, bool is_first) {
     __m256 before = is_first ? _mm256_setzero_ps() : _mm256_loadu_ps(out);
     _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, before));
 }
 
-AVX2_INLINE void product_q8_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, const size_t vectors,
-                                      float *out, const bool vnni) {
+AVX2_INLINE void product_q8_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                      const size_t vectors, float *out, const bool vnni) {
     const __m256i flip = vnni ? _mm256_set1_epi8((char)0x80) : _mm256_setzero_si256();   // adds 128
     for (size_t first = 0; first < cols; first += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - first);
@@ -213,14 +223,16 @@ AVX2_INLINE void product_q8_avx2_tile(const uint8_t *panel, size_t cols, const s
                 UNROLL for (size_t v = 0; v < vectors; v++) {
                     __m256i weights = _mm256_xor_si256(load_bytes_avx2(four + 32 * v), flip);
                     UNROLL for (size_t t = 0; t < n; t++)
-                        sum[t][v] = add_byte_products_avx2(sum[t][v], weights, broadcast_quants_avx2(x[t].quants + first + k), vnni);
+                        sum[t][v] = add_byte_products_avx2(sum[t][v], weights,
+                                                           broadcast_quants_avx2(x[t].quants + first + k), vnni);
                 }
             }
             UNROLL for (size_t t = 0; t < n; t++) {
                 __m256 x_scale = _mm256_set1_ps(x[t].scales[first / K_BLOCK]);
                 UNROLL for (size_t v = 0; v < vectors; v++) {
                     size_t r = row + 8 * v;
-                    add_scaled_avx2(out + t * PANEL_ROWS + r, sum[t][v], _mm256_mul_ps(_mm256_loadu_ps(scales + r), x_scale), first == 0);
+                    add_scaled_avx2(out + t * PANEL_ROWS + r, sum[t][v],
+                                    _mm256_mul_ps(_mm256_loadu_ps(scales + r), x_scale), first == 0);
                 }
             }
         }
@@ -230,8 +242,8 @@ AVX2_INLINE void product_q8_avx2_tile(const uint8_t *panel, size_t cols, const s
 
 // The table values get 128 added where vnni asks for it, and the shift of a row that has it is not added to its weights
 // but, times the sum of the 32 quants, to the sum.
-AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, const size_t vectors,
-                                      float *out, const bool vnni) {
+AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                      const size_t vectors, float *out, const bool vnni) {
     const __m256i flip = vnni ? _mm256_set1_epi8((char)0x80) : _mm256_setzero_si256();
     const __m128i signed_table = _mm_loadu_si128((const __m128i *)(const void *)Q4_TABLE);
     const __m256i table = _mm256_xor_si256(_mm256_broadcastsi128_si256(signed_table), flip);
@@ -265,14 +277,17 @@ AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const s
                     }
                 }
                 UNROLL for (size_t v = 0; v < vectors; v++) {
-                    const __m128i *bytes = (const __m128i *)(const void *)(sub + group + row + 8 * v);   // [group / 32][32]
+                    const __m128i *bytes =
+                        (const __m128i *)(const void *)(sub + group + row + 8 * v); // [group / 32][32]
                     __m256i scale = _mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes));
                     // Q4_SHIFT (a power of 2) or 0 in each lane, less the 128 of vnni.
-                    __m256i shift = _mm256_mullo_epi16(_mm256_and_si256(scale, _mm256_set1_epi32(1)), _mm256_set1_epi32(Q4_SHIFT));
+                    __m256i shift =
+                        _mm256_mullo_epi16(_mm256_and_si256(scale, _mm256_set1_epi32(1)), _mm256_set1_epi32(Q4_SHIFT));
                     if (vnni) shift = _mm256_sub_epi32(shift, _mm256_set1_epi32(128));
                     scale = _mm256_and_si256(scale, _mm256_set1_epi32(-2));
                     UNROLL for (size_t t = 0; t < n; t++) {
-                        __m256i shifts = _mm256_mullo_epi32(shift, _mm256_set1_epi32(x[t].sums[(first + group) / K_GROUP]));
+                        __m256i shifts =
+                            _mm256_mullo_epi32(shift, _mm256_set1_epi32(x[t].sums[(first + group) / K_GROUP]));
                         __m256i products = _mm256_mullo_epi32(_mm256_add_epi32(sum[t][v], shifts), scale);
                         part[t][v] = _mm256_add_epi32(part[t][v], products);
                     }
@@ -280,7 +295,8 @@ AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const s
             }
             UNROLL for (size_t t = 0; t < n; t++) {
                 __m256 x_scale = _mm256_set1_ps(x[t].scales[first / K_BLOCK]);
-                UNROLL for (size_t v = 0; v < vectors; v++) add_scaled_avx2(out + t * PANEL_ROWS + row + 8 * v, part[t][v], x_scale, first == 0);
+                UNROLL for (size_t v = 0; v < vectors; v++)
+                    add_scaled_avx2(out + t * PANEL_ROWS + row + 8 * v, part[t][v], x_scale, first == 0);
             }
         }
         panel = w + value_bytes(DTYPE_Q4, length);
@@ -292,13 +308,13 @@ AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const s
 #define NO_MORE
 #define WITHOUT_VNNI , false
 #define WITH_VNNI , true
-AVX2_PRODUCT(product_f32_avx2, product_f32_avx2_tile, AVX2, NO_MORE)
-AVX2_PRODUCT(product_bf16_avx2, product_bf16_avx2_tile, AVX2, NO_MORE)
-AVX2_PRODUCT(product_f8_avx2, product_f8_avx2_tile, AVX2, NO_MORE)
-AVX2_PRODUCT(product_q8_avx2, product_q8_avx2_tile, AVX2, WITHOUT_VNNI)
-AVX2_PRODUCT(product_q4_avx2, product_q4_avx2_tile, AVX2, WITHOUT_VNNI)
-AVX2_PRODUCT(product_q8_avxvnni, product_q8_avx2_tile, AVX2, WITH_VNNI)
-AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, AVX2, WITH_VNNI)
+AVX2_PRODUCT(product_f32_avx2, product_f32_avx2_tile, NO_MORE)
+AVX2_PRODUCT(product_bf16_avx2, product_bf16_avx2_tile, NO_MORE)
+AVX2_PRODUCT(product_f8_avx2, product_f8_avx2_tile, NO_MORE)
+AVX2_PRODUCT(product_q8_avx2, product_q8_avx2_tile, WITHOUT_VNNI)
+AVX2_PRODUCT(product_q4_avx2, product_q4_avx2_tile, WITHOUT_VNNI)
+AVX2_PRODUCT(product_q8_avxvnni, product_q8_avx2_tile, WITH_VNNI)
+AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, WITH_VNNI)
 
 // ---- everything else
 
@@ -308,7 +324,8 @@ AVX2 static void quantize_row_avx2(const float *x, size_t cols, int8_t *quants, 
         size_t end = min_size(first + K_BLOCK, cols);
         __m256 largest8 = _mm256_setzero_ps();
         // max_ps(a, b) is a > b ? a : b, so a not-a-number in a leaves b.
-        for (size_t k = first; k < end; k += 8) largest8 = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(x + k), no_sign), largest8);
+        for (size_t k = first; k < end; k += 8)
+            largest8 = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(x + k), no_sign), largest8);
         __m128 largest4 = _mm_max_ps(_mm256_castps256_ps128(largest8), _mm256_extractf128_ps(largest8, 1));
         largest4 = _mm_max_ps(largest4, _mm_movehl_ps(largest4, largest4));
         float largest = _mm_cvtss_f32(_mm_max_ss(largest4, _mm_movehdup_ps(largest4)));
@@ -322,11 +339,14 @@ AVX2 static void quantize_row_avx2(const float *x, size_t cols, int8_t *quants, 
                 scaled = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
                 nearest[v] = _mm256_cvtps_epi32(scaled);                   // to nearest even
             }
-            __m256i words0 = _mm256_packs_epi32(nearest[0], nearest[1]), words1 = _mm256_packs_epi32(nearest[2], nearest[3]);
+            __m256i words0 = _mm256_packs_epi32(nearest[0], nearest[1]),
+                    words1 = _mm256_packs_epi32(nearest[2], nearest[3]);
             // The packs work on each 128 bits apart: groups of four come out as 0 2 4 6 1 3 5 7.
-            __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1),
+                                                        _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
             _mm256_storeu_si256((__m256i *)(void *)(quants + group), bytes);
-            __m256i sum8 = _mm256_add_epi32(_mm256_add_epi32(nearest[0], nearest[1]), _mm256_add_epi32(nearest[2], nearest[3]));
+            __m256i sum8 =
+                _mm256_add_epi32(_mm256_add_epi32(nearest[0], nearest[1]), _mm256_add_epi32(nearest[2], nearest[3]));
             __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(sum8), _mm256_extracti128_si256(sum8, 1));
             sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));
             sums[group / K_GROUP] = _mm_cvtsi128_si32(_mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0xb1)));
@@ -335,7 +355,8 @@ AVX2 static void quantize_row_avx2(const float *x, size_t cols, int8_t *quants, 
 }
 
 // The scores of four rows, which lie anywhere. The order of additions in a row is the same whichever place it has.
-AVX2_INLINE __m128 score_four_avx2(const float *q, const float *a, const float *b, const float *c, const float *d, size_t cols) {
+AVX2_INLINE __m128 score_four_avx2(const float *q, const float *a, const float *b, const float *c, const float *d,
+                                   size_t cols) {
     __m256 sum_a = _mm256_setzero_ps(), sum_b = sum_a, sum_c = sum_a, sum_d = sum_a;
     size_t i = 0;
     for (; i + 8 <= cols; i += 8) {
@@ -350,7 +371,8 @@ AVX2_INLINE __m128 score_four_avx2(const float *q, const float *a, const float *
     return scores;
 }
 
-AVX2 static void score_rows_avx2(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols, float *scores) {
+AVX2 static void score_rows_avx2(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols,
+                                 float *scores) {
     for (size_t j = 0; j < count; j += 4) {
         size_t left = count - j;
         const float *a = rows + j * row_stride, *b = left > 1 ? a + row_stride : a;
@@ -381,18 +403,21 @@ AVX2 static float dot_avx2(const float *x, const float *y, size_t n) {
 }
 
 // out[0 .. 8 vectors - 1] of mix_rows, kept in registers while the rows pass.
-AVX2_INLINE void mix_columns_avx2(const float *weights, const float *rows, size_t row_stride, size_t count, float *out, const size_t vectors) {
+AVX2_INLINE void mix_columns_avx2(const float *weights, const float *rows, size_t row_stride, size_t count, float *out,
+                                  const size_t vectors) {
     __m256 sum[8];
     UNROLL for (size_t v = 0; v < vectors; v++) sum[v] = _mm256_loadu_ps(out + 8 * v);
     for (size_t j = 0; j < count; j++) {
         const float *row = rows + j * row_stride;
         __m256 weight = _mm256_set1_ps(weights[j]);
-        UNROLL for (size_t v = 0; v < vectors; v++) sum[v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(row + 8 * v), sum[v]);
+        UNROLL for (size_t v = 0; v < vectors; v++)
+            sum[v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(row + 8 * v), sum[v]);
     }
     UNROLL for (size_t v = 0; v < vectors; v++) _mm256_storeu_ps(out + 8 * v, sum[v]);
 }
 
-AVX2 static void mix_rows_avx2(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols, float *out) {
+AVX2 static void mix_rows_avx2(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols,
+                               float *out) {
     size_t c = 0;
     for (; c + 64 <= cols; c += 64) mix_columns_avx2(weights, rows + c, row_stride, count, out + c, 8);
     for (; c + 8 <= cols; c += 8) mix_columns_avx2(weights, rows + c, row_stride, count, out + c, 1);
@@ -405,7 +430,8 @@ AVX2 static void mix_rows_avx2(const float *weights, const float *rows, size_t r
 AVX2_INLINE __m256 exp_avx2(__m256 x) {
     x = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
     x = _mm256_min_ps(_mm256_set1_ps(88.0f), x);
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 n =
+        _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
     r = _mm256_fmadd_ps(n, _mm256_set1_ps(2.12194440e-4f), r);
     __m256 p = _mm256_set1_ps(1.9875691500e-4f);
@@ -449,7 +475,8 @@ AVX2 static void silu_multiply_avx2(float *gate, const float *up, size_t n) {
 
 AVX2 static void half_to_float_avx2(const uint16_t *half, float *out, size_t n) {
     size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(half + i))));
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(half + i))));
     for (; i < n; i++) out[i] = float_from_half(half[i]);
 }
 

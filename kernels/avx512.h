@@ -46,7 +46,8 @@ AVX512_INLINE __m512i broadcast_quants_avx512(const int8_t *quants) {
 // ---- products of a panel
 
 // Adds the products of four columns, [32][4], with n tokens to sum[t]: rows 0-15 and 16-31.
-AVX512_INLINE void add_columns_q8_avx512(__m512i (*sum)[2], const uint8_t *four, const int8_t *const *quants, size_t k, const size_t n) {
+AVX512_INLINE void add_columns_q8_avx512(__m512i (*sum)[2], const uint8_t *four, const int8_t *const *quants, size_t k,
+                                         const size_t n) {
     const __m512i flip = _mm512_set1_epi8((char)0x80);
     prefetch_weights(four);
     __m512i w0 = _mm512_xor_si512(_mm512_loadu_si512(four), flip);
@@ -63,7 +64,8 @@ AVX512_INLINE void add_columns_q8_avx512(__m512i (*sum)[2], const uint8_t *four,
 //
 // An addition into an accumulator takes 4 to 5 cycles, so few tokens keep the processor busy only with a second set of
 // accumulators for every other four columns. Integers add up to the same sum in any order.
-AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
+AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                          float *out) {
     const int8_t *quants[TILE_TOKENS];
     UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants;
     for (size_t first = 0; first < cols; first += K_BLOCK) {
@@ -96,7 +98,8 @@ AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, con
             __m512 before0 = first ? _mm512_loadu_ps(o) : _mm512_setzero_ps();
             __m512 before1 = first ? _mm512_loadu_ps(o + 16) : _mm512_setzero_ps();
             _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][0]), _mm512_mul_ps(scale0, x_scale), before0));
-            _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][1]), _mm512_mul_ps(scale1, x_scale), before1));
+            _mm512_storeu_ps(o + 16,
+                             _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][1]), _mm512_mul_ps(scale1, x_scale), before1));
         }
         panel = w + value_bytes(DTYPE_Q8, length);
     }
@@ -105,7 +108,8 @@ AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, con
 // Both nibbles of every byte become table values plus 128 by one byte permutation each: it looks at 6 bits of an index,
 // the table stands there four times, so the two bits above a nibble do not matter. The 128 too many and the shift of a
 // row that has it are in what the accumulators start from: (shift - 128) times the sum of the 32 quants.
-AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
+AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                          float *out) {
     const __m128i signed_table = _mm_loadu_si128((const __m128i *)(const void *)Q4_TABLE);
     const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(signed_table, _mm_set1_epi8((char)0x80)));
     const float *row_scales = (const float *)(const void *)panel;          // [32]
@@ -123,7 +127,8 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
             __m512i sum[TILE_TOKENS][2];
             UNROLL for (size_t t = 0; t < n; t++) {
                 int32_t quant_sum = x[t].sums[(first + group) / K_GROUP];
-                __m512i plain = _mm512_set1_epi32(-128 * quant_sum), with_shift = _mm512_set1_epi32((Q4_SHIFT - 128) * quant_sum);
+                __m512i plain = _mm512_set1_epi32(-128 * quant_sum),
+                        with_shift = _mm512_set1_epi32((Q4_SHIFT - 128) * quant_sum);
                 sum[t][0] = _mm512_mask_mov_epi32(plain, (__mmask16)shifted, with_shift);
                 sum[t][1] = _mm512_mask_mov_epi32(plain, (__mmask16)(shifted >> 16), with_shift);
             }
@@ -135,7 +140,8 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
                 __m512i high0 = _mm512_permutexvar_epi8(_mm512_srli_epi32(pairs0, 4), table);
                 __m512i high1 = _mm512_permutexvar_epi8(_mm512_srli_epi32(pairs1, 4), table);
                 UNROLL for (size_t t = 0; t < n; t++) {
-                    __m512i q_low = broadcast_quants_avx512(x[t].quants + k), q_high = broadcast_quants_avx512(x[t].quants + k + 4);
+                    __m512i q_low = broadcast_quants_avx512(x[t].quants + k),
+                            q_high = broadcast_quants_avx512(x[t].quants + k + 4);
                     sum[t][0] = add_byte_products_avx512(sum[t][0], low0, q_low);
                     sum[t][1] = add_byte_products_avx512(sum[t][1], low1, q_low);
                     sum[t][0] = add_byte_products_avx512(sum[t][0], high0, q_high);
@@ -168,7 +174,8 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
 }
 
 // Weights of two float vectors a column: 16 rows each.
-AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
+AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                           float *out) {
     const float *w = (const float *)(const void *)panel;                   // [cols][32]
     __m512 sum[TILE_TOKENS][2];
     UNROLL for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
@@ -188,15 +195,18 @@ AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, co
 }
 
 // A lane holds two columns of a row; each is the upper half of a float.
-AVX512_INLINE void product_bf16_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
+AVX512_INLINE void product_bf16_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                            float *out) {
     const __m512i upper = _mm512_set1_epi32((int32_t)0xffff0000);
     __m512 sum[TILE_TOKENS][2];
     UNROLL for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
     for (size_t k = 0; k < cols; k += 2, panel += 2 * 2 * PANEL_ROWS) {    // [cols/2][32][2]
         prefetch_weights(panel);
         __m512i pairs0 = _mm512_loadu_si512(panel), pairs1 = _mm512_loadu_si512(panel + 64);
-        __m512 even0 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs0, 16)), odd0 = _mm512_castsi512_ps(_mm512_and_si512(pairs0, upper));
-        __m512 even1 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs1, 16)), odd1 = _mm512_castsi512_ps(_mm512_and_si512(pairs1, upper));
+        __m512 even0 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs0, 16)),
+               odd0 = _mm512_castsi512_ps(_mm512_and_si512(pairs0, upper));
+        __m512 even1 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs1, 16)),
+               odd1 = _mm512_castsi512_ps(_mm512_and_si512(pairs1, upper));
         UNROLL for (size_t t = 0; t < n; t++) {
             __m512 even = _mm512_set1_ps(x[t].values[k]), odd = _mm512_set1_ps(x[t].values[k + 1]);
             sum[t][0] = _mm512_fmadd_ps(even0, even, sum[t][0]);
@@ -213,7 +223,8 @@ AVX512_INLINE void product_bf16_avx512_tile(const uint8_t *panel, size_t cols, c
 
 // Adds the products of 16 rows and two columns, [16][2] half-precision numbers, with n tokens to sum[t]: rows 0-7 and
 // 8-15, both columns of a row side by side.
-AVX512_INLINE void add_columns_f8_avx512(__m512 (*sum)[2], const uint16_t *halves, float (*values)[K_GROUP], size_t k, const size_t n) {
+AVX512_INLINE void add_columns_f8_avx512(__m512 (*sum)[2], const uint16_t *halves, float (*values)[K_GROUP], size_t k,
+                                         const size_t n) {
     __m512 w0 = _mm512_cvtph_ps(load_bytes_avx2(halves)), w1 = _mm512_cvtph_ps(load_bytes_avx2(halves + 16));
     UNROLL for (size_t t = 0; t < n; t++) {
         double pair;
@@ -227,7 +238,8 @@ AVX512_INLINE void add_columns_f8_avx512(__m512 (*sum)[2], const uint16_t *halve
 // See product_f8_avx2_tile() for the conversion. It goes through memory because converting what is there takes half the
 // operations of converting half a register. The group's scale goes into the tokens' values. Up to four tokens take all
 // 32 rows at a time; more have registers for 16 only, and pass a group twice.
-AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out) {
+AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                          float *out) {
     const __m512i half_bits = _mm512_set1_epi16((int16_t)0xbf80);
     __m512 upper[TILE_TOKENS][2], lower[TILE_TOKENS][2];                   // rows 0-15, rows 16-31
     UNROLL for (size_t t = 0; t < n; t++) upper[t][0] = upper[t][1] = lower[t][0] = lower[t][1] = _mm512_setzero_ps();
@@ -236,7 +248,7 @@ AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, con
         const float *scales = (const float *)(const void *)panel;          // [8], one for each 32 columns
         const uint8_t *w = panel + block_head_bytes(DTYPE_F8, length);     // [length/4][32][4]
         for (size_t group = 0; group < length; group += K_GROUP) {
-            uint16_t halves[K_GROUP * PANEL_ROWS];
+            uint16_t halves[K_GROUP * PANEL_ROWS] __attribute__((aligned(64)));
             for (size_t i = 0; i < K_GROUP * PANEL_ROWS; i += 4 * PANEL_ROWS, w += 4 * PANEL_ROWS) {
                 prefetch_weights(w);
                 __m512i codes0 = _mm512_loadu_si512(w), codes1 = _mm512_loadu_si512(w + 64);
@@ -247,12 +259,13 @@ AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, con
                 _mm512_storeu_si512(halves + i + 64, _mm512_and_si512(odd0, half_bits));
                 _mm512_storeu_si512(halves + i + 96, _mm512_and_si512(odd1, half_bits));
             }
-            float values[TILE_TOKENS][K_GROUP];                            // columns 0, 2, 1, 3 of each four
+            float values[TILE_TOKENS][K_GROUP] __attribute__((aligned(64))); // columns 0, 2, 1, 3 of each four
             __m512 scale = _mm512_set1_ps(scales[group / K_GROUP] * 256.0f);
             UNROLL for (size_t t = 0; t < n; t++) {
                 const float *from = x[t].values + first + group;
                 _mm512_storeu_ps(values[t], _mm512_mul_ps(_mm512_permute_ps(_mm512_loadu_ps(from), 0xd8), scale));
-                _mm512_storeu_ps(values[t] + 16, _mm512_mul_ps(_mm512_permute_ps(_mm512_loadu_ps(from + 16), 0xd8), scale));
+                _mm512_storeu_ps(values[t] + 16,
+                                 _mm512_mul_ps(_mm512_permute_ps(_mm512_loadu_ps(from + 16), 0xd8), scale));
             }
             // halves: [8 fours][columns 0 and 2, columns 1 and 3][32 rows][2]
             if (n <= 4) {
@@ -261,8 +274,10 @@ AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, con
                     add_columns_f8_avx512(lower, halves + k * PANEL_ROWS + 32, values, k, n);
                 }
             } else {
-                for (size_t k = 0; k < K_GROUP; k += 2) add_columns_f8_avx512(upper, halves + k * PANEL_ROWS, values, k, n);
-                for (size_t k = 0; k < K_GROUP; k += 2) add_columns_f8_avx512(lower, halves + k * PANEL_ROWS + 32, values, k, n);
+                for (size_t k = 0; k < K_GROUP; k += 2)
+                    add_columns_f8_avx512(upper, halves + k * PANEL_ROWS, values, k, n);
+                for (size_t k = 0; k < K_GROUP; k += 2)
+                    add_columns_f8_avx512(lower, halves + k * PANEL_ROWS + 32, values, k, n);
             }
         }
         panel = w;
@@ -272,8 +287,9 @@ AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, con
     UNROLL for (size_t t = 0; t < n; t++) {
         _mm512_storeu_ps(out + t * PANEL_ROWS, _mm512_add_ps(_mm512_permutex2var_ps(upper[t][0], evens, upper[t][1]),
                                                              _mm512_permutex2var_ps(upper[t][0], odds, upper[t][1])));
-        _mm512_storeu_ps(out + t * PANEL_ROWS + 16, _mm512_add_ps(_mm512_permutex2var_ps(lower[t][0], evens, lower[t][1]),
-                                                                  _mm512_permutex2var_ps(lower[t][0], odds, lower[t][1])));
+        _mm512_storeu_ps(out + t * PANEL_ROWS + 16,
+                         _mm512_add_ps(_mm512_permutex2var_ps(lower[t][0], evens, lower[t][1]),
+                                       _mm512_permutex2var_ps(lower[t][0], odds, lower[t][1])));
     }
 }
 
@@ -289,7 +305,9 @@ AVX512_PRODUCT(product_q4_avx512)
 AVX512_INLINE __mmask16 lanes_avx512(size_t n) { return (__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1); }
 
 // Both halves of a vector added to each other.
-AVX512_INLINE __m256 fold_avx512(__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+AVX512_INLINE __m256 fold_avx512(__m512 x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
 
 AVX512_INLINE float sum_avx512(__m512 x) {
     __m256 folded = fold_avx512(x);
@@ -301,7 +319,8 @@ AVX512 static void quantize_row_avx512(const float *x, size_t cols, int8_t *quan
         size_t end = min_size(first + K_BLOCK, cols);
         __m512 largest16 = _mm512_setzero_ps();
         // max_ps(a, b) is a > b ? a : b, so a not-a-number in a leaves b.
-        for (size_t k = first; k < end; k += 16) largest16 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + k)), largest16);
+        for (size_t k = first; k < end; k += 16)
+            largest16 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + k)), largest16);
         float largest = _mm512_reduce_max_ps(largest16);
         float scale = largest < INFINITY ? largest / 127.0f : 0.0f;
         float inverse = scale > 1e-38f ? 1.0f / scale : 0.0f;
@@ -320,7 +339,8 @@ AVX512 static void quantize_row_avx512(const float *x, size_t cols, int8_t *quan
 }
 
 // The scores of four rows, which lie anywhere. The order of additions in a row is the same whichever place it has.
-AVX512_INLINE __m128 score_four_avx512(const float *q, const float *a, const float *b, const float *c, const float *d, size_t cols) {
+AVX512_INLINE __m128 score_four_avx512(const float *q, const float *a, const float *b, const float *c, const float *d,
+                                       size_t cols) {
     __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a, sum_c = sum_a, sum_d = sum_a;
     size_t i = 0;
     for (; i + 16 <= cols; i += 16) {
@@ -341,7 +361,8 @@ AVX512_INLINE __m128 score_four_avx512(const float *q, const float *a, const flo
     return sum_lanes_avx2(fold_avx512(sum_a), fold_avx512(sum_b), fold_avx512(sum_c), fold_avx512(sum_d));
 }
 
-AVX512 static void score_rows_avx512(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols, float *scores) {
+AVX512 static void score_rows_avx512(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols,
+                                     float *scores) {
     for (size_t j = 0; j < count; j += 4) {
         size_t left = min_size(4, count - j);
         const float *a = rows + j * row_stride, *b = left > 1 ? a + row_stride : a;
@@ -364,33 +385,38 @@ AVX512 static float dot_avx512(const float *x, const float *y, size_t n) {
 }
 
 // `vectors` vectors of mix_rows' out, kept in registers while the rows pass; the last one has only some lanes.
-AVX512_INLINE void mix_columns_avx512(const float *weights, const float *rows, size_t row_stride, size_t count, float *out,
-                                      const size_t vectors, __mmask16 last_lanes) {
+AVX512_INLINE void mix_columns_avx512(const float *weights, const float *rows, size_t row_stride, size_t count,
+                                      float *out, const size_t vectors, __mmask16 last_lanes) {
     __m512 sum[8];
     UNROLL for (size_t v = 0; v + 1 < vectors; v++) sum[v] = _mm512_loadu_ps(out + 16 * v);
     sum[vectors - 1] = _mm512_maskz_loadu_ps(last_lanes, out + 16 * (vectors - 1));
     for (size_t j = 0; j < count; j++) {
         const float *row = rows + j * row_stride;
         __m512 weight = _mm512_set1_ps(weights[j]);
-        UNROLL for (size_t v = 0; v + 1 < vectors; v++) sum[v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(row + 16 * v), sum[v]);
-        sum[vectors - 1] = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(last_lanes, row + 16 * (vectors - 1)), sum[vectors - 1]);
+        UNROLL for (size_t v = 0; v + 1 < vectors; v++)
+            sum[v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(row + 16 * v), sum[v]);
+        sum[vectors - 1] =
+            _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(last_lanes, row + 16 * (vectors - 1)), sum[vectors - 1]);
     }
     UNROLL for (size_t v = 0; v + 1 < vectors; v++) _mm512_storeu_ps(out + 16 * v, sum[v]);
     _mm512_mask_storeu_ps(out + 16 * (vectors - 1), last_lanes, sum[vectors - 1]);
 }
 
-AVX512 static void mix_rows_avx512(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols, float *out) {
+AVX512 static void mix_rows_avx512(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols,
+                                   float *out) {
     size_t c = 0;
     for (; c + 128 <= cols; c += 128) mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 8, 0xffff);
     for (; c + 64 <= cols; c += 64) mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 4, 0xffff);
-    for (; c < cols; c += 16) mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 1, lanes_avx512(cols - c));
+    for (; c < cols; c += 16)
+        mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 1, lanes_avx512(cols - c));
 }
 
 // exp_float() of 16 numbers.
 AVX512_INLINE __m512 exp_avx512(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
     x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
     __m512 p = _mm512_set1_ps(1.9875691500e-4f);

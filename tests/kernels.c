@@ -4,6 +4,8 @@
 // Prints one line `ok   kernels: TABLE: WHAT` or `FAIL kernels: TABLE: WHAT: WHY` for each thing and ends with status 1
 // if one failed. Buffers are allocated to the exact byte, so that a build with the address sanitizer sees every read
 // beyond an end.
+// Most of the engine is not used here.
+#pragma GCC diagnostic ignored "-Wunused-function"
 #include "../r1.c"
 
 static const size_t COLS[] = {32, 64, 96, 224, 256, 288, 512, 1536, 8960};
@@ -78,32 +80,42 @@ static void fill_test_panel(uint32_t dtype, uint8_t *panel, size_t cols, enum Pa
             for (size_t r = 0; r < PANEL_ROWS; r++) ((float *)(void *)block)[r] = filling == TINY ? 1 : next_float();
         if (dtype == DTYPE_Q4)           // every byte in turn; EDGES: -128 and 127, the largest either way
             for (size_t i = 0; i < heads; i++)
-                block[i] = filling == TINY ? "\2\3\xfe\xff"[i & 3] : filling == EDGES ? "\x80\x7f"[(first + i / PANEL_ROWS) & 1] : (uint8_t)code++;
+                block[i] = filling == TINY    ? "\2\3\xfe\xff"[i & 3]
+                           : filling == EDGES ? "\x80\x7f"[(first + i / PANEL_ROWS) & 1]
+                                              : (uint8_t)code++;
         for (size_t k = 0; k < length; k++)
             for (size_t r = 0; r < PANEL_ROWS; r++) {
                 bool zero = r == zero_row;
                 switch (dtype) {
                 case DTYPE_F32:
-                    ((float *)(void *)w)[k * PANEL_ROWS + r] = zero ? 0 : filling == TINY ? (float)next_integer(-3, 3) : next_float();
+                    ((float *)(void *)w)[k * PANEL_ROWS + r] = zero              ? 0
+                                                               : filling == TINY ? (float)next_integer(-3, 3)
+                                                                                 : next_float();
                     break;
                 case DTYPE_BF16: {
                     float value = zero ? 0 : filling == TINY ? (float)next_integer(-3, 3) : next_float();
-                    ((uint16_t *)(void *)w)[k / 2 * 2 * PANEL_ROWS + r * 2 + k % 2] = (uint16_t)(bits_from_float(value) >> 16);
+                    ((uint16_t *)(void *)w)[k / 2 * 2 * PANEL_ROWS + r * 2 + k % 2] =
+                        (uint16_t)(bits_from_float(value) >> 16);
                     break;
                 }
                 case DTYPE_F8: {         // RANDOM: every code in turn but the two not-a-numbers; EDGES: subnormals
-                    uint8_t e4m3 = filling == TINY ? (uint8_t)(0x38 + (next_bits() & 0x88)) : filling == EDGES ? next_bits() & 0x87 : (uint8_t)code++;
+                    uint8_t e4m3 = filling == TINY    ? (uint8_t)(0x38 + (next_bits() & 0x88))
+                                   : filling == EDGES ? next_bits() & 0x87
+                                                      : (uint8_t)code++;
                     if ((e4m3 & 0x7f) == 0x7f) e4m3 ^= 1;
                     w[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = zero ? 0x80 & e4m3 : e4m3;
                     break;
                 }
                 case DTYPE_Q8: {
-                    int q = filling == TINY ? next_integer(-3, 3) : filling == EDGES ? (r & 1 ? -127 : 127) : next_integer(-127, 127);
+                    int q = filling == TINY    ? next_integer(-3, 3)
+                            : filling == EDGES ? (r & 1 ? -127 : 127)
+                                               : next_integer(-127, 127);
                     w[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = (uint8_t)(zero ? 0 : q);
                     break;
                 }
                 case DTYPE_Q4:           // two columns a byte: every byte is written twice
-                    w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4] = filling == EDGES ? (r & 1 ? 0x00 : 0xff) : (uint8_t)next_bits();
+                    w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4] =
+                        filling == EDGES ? (r & 1 ? 0x00 : 0xff) : (uint8_t)next_bits();
                     break;
                 }
             }
@@ -144,7 +156,9 @@ static struct Row new_row(size_t cols, enum PanelContents filling) {
     int sign = next_bits() & 1 ? 1 : -1;
     for (size_t b = 0; b < blocks; b++) scales[b] = filling == TINY ? 1 : next_float();
     for (size_t k = 0; k < cols; k++) {
-        quants[k] = (int8_t)(filling == TINY ? next_integer(-1, 1) : filling == EDGES ? sign * 127 : next_integer(-127, 127));
+        quants[k] = (int8_t)(filling == TINY    ? next_integer(-1, 1)
+                             : filling == EDGES ? sign * 127
+                                                : next_integer(-127, 127));
         values[k] = filling == TINY ? (float)next_integer(-3, 3) : next_float();
         sums[k / K_GROUP] += quants[k];
     }
@@ -179,8 +193,9 @@ static void test_product(const struct Kernels *table, uint32_t dtype, enum Panel
         for (size_t t = 0; t < TILE_TOKENS; t++)
             for (size_t r = 0; r < PANEL_ROWS; r++) {
                 if (filling == TINY || (integer && cols <= K_BLOCK)) {
-                    EXPECT(same_bits(&alone[t][r], &portable[t][r], 1), "%zu columns, row %zu: %.9g, not %.9g as the portable table",
-                           cols, r, (double)alone[t][r], (double)portable[t][r]);
+                    EXPECT(same_bits(&alone[t][r], &portable[t][r], 1),
+                           "%zu columns, row %zu: %.9g, not %.9g as the portable table", cols, r, (double)alone[t][r],
+                           (double)portable[t][r]);
                     continue;
                 }
                 if (t > 1) continue;                          // decoding weights one by one is slow
@@ -191,8 +206,9 @@ static void test_product(const struct Kernels *table, uint32_t dtype, enum Panel
                     exact += product;
                     size += fabs(product);
                 }
-                EXPECT(fabs(alone[t][r] - exact) <= 1e-5 * size, "%zu columns, row %zu: %.9g, not %.9g (products of %.3g in all)",
-                       cols, r, (double)alone[t][r], exact, size);
+                EXPECT(fabs(alone[t][r] - exact) <= 1e-5 * size,
+                       "%zu columns, row %zu: %.9g, not %.9g (products of %.3g in all)", cols, r, (double)alone[t][r],
+                       exact, size);
             }
 
         // The same tokens in company, in another order.
@@ -224,11 +240,13 @@ static void test_products(const struct Kernels *table) {
 }
 
 static void test_quantize_row(const struct Kernels *table) {
-    static const float specials[] = {0, -0.0f, INFINITY, -INFINITY, NAN, 1e-42f, -1e-38f, 3e38f, 1e-30f, 127, 0.5f, 1.5f, -2.5f};
+    static const float specials[] = {0,     -0.0f,  INFINITY, -INFINITY, NAN,  1e-42f, -1e-38f,
+                                     3e38f, 1e-30f, 127,      0.5f,      1.5f, -2.5f};
     for (size_t c = 0; c < COLS_COUNT; c++)
         for (int kind = 0; kind < 24; kind++) {
             size_t cols = COLS[c], blocks = ceil_div(cols, K_BLOCK), groups = cols / K_GROUP;
-            float *x = new_buffer(cols * sizeof *x, 0), *scales = new_buffer(blocks * sizeof *scales, 0), *want_scales = new_buffer(blocks * sizeof *scales, 0);
+            float *x = new_buffer(cols * sizeof *x, 0), *scales = new_buffer(blocks * sizeof *scales, 0),
+                  *want_scales = new_buffer(blocks * sizeof *scales, 0);
             int8_t *quants = new_buffer(cols, 0), *want = new_buffer(cols, 0);
             int32_t *sums = new_buffer(groups * sizeof *sums, 0), *want_sums = new_buffer(groups * sizeof *sums, 0);
             for (size_t k = 0; k < cols; k++) {
@@ -265,7 +283,8 @@ static void test_attention(const struct Kernels *table) {
     enum { MAX_COUNT = 64 };
     for (size_t c = 0; c < LENGTHS_COUNT; c++) {
         size_t cols = LENGTHS[c], stride = cols + 5;
-        float *q = new_buffer(cols * 4, 0), *rows = new_buffer(((MAX_COUNT - 1) * stride + cols) * 4, 0), *weights = new_buffer(MAX_COUNT * 4, 0);
+        float *q = new_buffer(cols * 4, 0), *rows = new_buffer(((MAX_COUNT - 1) * stride + cols) * 4, 0),
+              *weights = new_buffer(MAX_COUNT * 4, 0);
         for (size_t i = 0; i < cols; i++) q[i] = next_float();
         for (size_t i = 0; i < (MAX_COUNT - 1) * stride + cols; i++) rows[i] = next_float();
         for (size_t j = 0; j < MAX_COUNT; j++) weights[j] = next_float();
@@ -279,24 +298,31 @@ static void test_attention(const struct Kernels *table) {
                 exact += product;
                 size += fabs(product);
             }
-            EXPECT(fabs(all[j] - exact) <= 1e-6 * size, "score_rows, %zu columns: %.9g, not %.9g", cols, (double)all[j], exact);
-            EXPECT(fabs(table->dot(q, rows + j * stride, cols) - exact) <= 1e-6 * size, "dot of %zu is not %.9g", cols, exact);
+            EXPECT(fabs(all[j] - exact) <= 1e-6 * size, "score_rows, %zu columns: %.9g, not %.9g", cols, (double)all[j],
+                   exact);
+            EXPECT(fabs(table->dot(q, rows + j * stride, cols) - exact) <= 1e-6 * size, "dot of %zu is not %.9g", cols,
+                   exact);
         }
         float *mixed = new_buffer(cols * 4, 0), *split = new_buffer(cols * 4, 0);
         for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
             size_t count = counts[i];
             float *scores = new_buffer(count * 4, 0);
             table->score_rows(q, rows, stride, count, cols, scores);
-            EXPECT(same_bits(scores, all, count), "score_rows, %zu columns: a score depends on the number of rows (%zu)", cols, count);
+            EXPECT(same_bits(scores, all, count), "score_rows, %zu columns: a score depends on the number of rows (%zu)",
+                   cols, count);
             for (size_t k = 0; k < cols; k++) mixed[k] = split[k] = q[k];
             table->mix_rows(weights, rows, stride, count, cols, mixed);
             table->mix_rows(weights, rows, stride, count / 3, cols, split);
             table->mix_rows(weights + count / 3, rows + count / 3 * stride, stride, count - count / 3, cols, split);
-            EXPECT(same_bits(mixed, split, cols), "mix_rows, %zu columns: two calls for %zu rows differ from one", cols, count);
+            EXPECT(same_bits(mixed, split, cols), "mix_rows, %zu columns: two calls for %zu rows differ from one", cols,
+                   count);
             for (size_t k = 0; k < cols; k++) {
                 double exact = q[k], size = fabs(exact);
-                for (size_t j = 0; j < count; j++) exact += (double)weights[j] * rows[j * stride + k], size += fabs((double)weights[j] * rows[j * stride + k]);
-                EXPECT(fabs(mixed[k] - exact) <= 1e-6 * size, "mix_rows, %zu columns, %zu rows: %.9g, not %.9g", cols, count, (double)mixed[k], exact);
+                for (size_t j = 0; j < count; j++)
+                    exact += (double)weights[j] * rows[j * stride + k],
+                        size += fabs((double)weights[j] * rows[j * stride + k]);
+                EXPECT(fabs(mixed[k] - exact) <= 1e-6 * size, "mix_rows, %zu columns, %zu rows: %.9g, not %.9g", cols,
+                       count, (double)mixed[k], exact);
             }
             free(scores);
         }
@@ -320,14 +346,18 @@ static void test_exponentials(const struct Kernels *table) {
             for (size_t i = 0; i < n; i++) {
                 double exact = exp((double)x[i] - maximum);
                 exact_sum += exact;
-                EXPECT(fabs(y[i] - exact) <= 1e-6 * exact + 2e-38, "exp_row: exp(%g) gave %.9g", (double)(x[i] - maximum), (double)y[i]);
+                EXPECT(fabs(y[i] - exact) <= 1e-6 * exact + 2e-38, "exp_row: exp(%g) gave %.9g",
+                       (double)(x[i] - maximum), (double)y[i]);
             }
-            EXPECT(fabs(sum - exact_sum) <= 2e-6 * exact_sum + 1e-35, "exp_row of %zu: sum %.9g, not %.9g", n, (double)sum, exact_sum);
-            for (size_t i = 0; i < n; i++) x[i] = y[i] = kind == 3 ? (float)next_integer(-1000, 1000) : next_float() * width;
+            EXPECT(fabs(sum - exact_sum) <= 2e-6 * exact_sum + 1e-35, "exp_row of %zu: sum %.9g, not %.9g", n,
+                   (double)sum, exact_sum);
+            for (size_t i = 0; i < n; i++)
+                x[i] = y[i] = kind == 3 ? (float)next_integer(-1000, 1000) : next_float() * width;
             table->silu_multiply(y, up, n);
             for (size_t i = 0; i < n; i++) {
                 double exact = x[i] / (1 + exp(-(double)x[i])) * up[i];
-                EXPECT(fabs(y[i] - exact) <= 2e-6 * fabs(exact) + 1e-35, "silu(%.9g) * %.9g gave %.9g", (double)x[i], (double)up[i], (double)y[i]);
+                EXPECT(fabs(y[i] - exact) <= 2e-6 * fabs(exact) + 1e-35, "silu(%.9g) * %.9g gave %.9g", (double)x[i],
+                       (double)up[i], (double)y[i]);
             }
         }
         free(x), free(y), free(up);
@@ -343,12 +373,13 @@ static void test_conversions(const struct Kernels *table) {
     table->half_to_float(half, values, ALL);
     portable_kernels.half_to_float(half, want, ALL);
     for (size_t i = 0; i < ALL; i++)         // a not-a-number may lose its payload
-        EXPECT(same_bits(values + i, want + i, 1) || (isnan(values[i]) && isnan(want[i])), "half_to_float of 0x%04zx: %.9g, not %.9g",
-               i, (double)values[i], (double)want[i]);
+        EXPECT(same_bits(values + i, want + i, 1) || (isnan(values[i]) && isnan(want[i])),
+               "half_to_float of 0x%04zx: %.9g, not %.9g", i, (double)values[i], (double)want[i]);
     report(table->name, "half_to_float, all values");
 
     for (uint32_t round = 0; round < 64; round++) {
-        for (size_t i = 0; i < ALL; i++) values[i] = float_from_bits(round < 32 ? (uint32_t)i << 16 | round << 11 | (round & 1) : next_bits());
+        for (size_t i = 0; i < ALL; i++)
+            values[i] = float_from_bits(round < 32 ? (uint32_t)i << 16 | round << 11 | (round & 1) : next_bits());
         table->float_to_half(values, back, ALL);
         portable_kernels.float_to_half(values, half, ALL);
         for (size_t i = 0; i < ALL; i++)
@@ -361,7 +392,9 @@ static void test_conversions(const struct Kernels *table) {
         for (size_t i = 0; i < n; i++) x[i] = next_float();
         table->float_to_half(x, narrowed, n);
         table->half_to_float(narrowed, widened, n);
-        for (size_t i = 0; i < n; i++) EXPECT(narrowed[i] == half_from_float(x[i]) && widened[i] == float_from_half(narrowed[i]), "half precision of %zu numbers: number %zu is wrong", n, i);
+        for (size_t i = 0; i < n; i++)
+            EXPECT(narrowed[i] == half_from_float(x[i]) && widened[i] == float_from_half(narrowed[i]),
+                   "half precision of %zu numbers: number %zu is wrong", n, i);
         free(x), free(widened), free(narrowed);
     }
     report(table->name, "float_to_half, same bits as portable");
@@ -372,7 +405,8 @@ static void test_conversions(const struct Kernels *table) {
         float *out = new_buffer(n * 4, 0), scale = next_float();
         for (size_t i = 0; i < n; i++) quants[i] = (int8_t)next_bits();
         table->int8_to_float(quants, scale, out, n);
-        for (size_t i = 0; i < n; i++) EXPECT(out[i] == scale * (float)quants[i], "int8_to_float of %d: %.9g", quants[i], (double)out[i]);
+        for (size_t i = 0; i < n; i++)
+            EXPECT(out[i] == scale * (float)quants[i], "int8_to_float of %d: %.9g", quants[i], (double)out[i]);
         free(quants), free(out);
     }
     report(table->name, "int8_to_float");

@@ -1,0 +1,296 @@
+// NEON forms of the kernels, for 64-bit ARM processors.
+//
+// Panels keep 32 rows side by side, so a vector holds 4 rows and no sum ever crosses lanes. There are 32 registers: one
+// or two tokens take all 32 rows at a time, three or four take 16, and more tokens go in groups of four. Built for a
+// processor with the dot product instructions (ARMv8.2 and later with -march=native, every Apple one), bytes are
+// multiplied by those, else by widening multiplications. What is not here is as fast in portable C, which the compiler
+// turns into NEON anyway. Every function has the same name and meaning as its portable form in r1.c.
+#ifndef R1_NEON_KERNELS
+#define R1_NEON_KERNELS
+
+#include <arm_neon.h>
+
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+// Four quants of a token, over and over.
+INLINE int8x16_t broadcast_quants_neon(const int8_t *quants) {
+    int32_t four;
+    memcpy(&four, quants, sizeof four);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
+// ---- products of a panel
+// Each NAME_tile takes n (1 to 4) and vectors (how many vectors of 4 rows at a time) as constants. Between blocks of 256
+// columns the sums rest in out, which does not change their bits.
+
+#define NEON_PRODUCT(name)                                                                                              \
+    static void name(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {                    \
+        for (; n > 4; n -= 4, x += 4, out += 4 * PANEL_ROWS) name##_tile(panel, cols, x, 4, 4, out);                    \
+        switch (n) {                                                                                                    \
+        case 1: name##_tile(panel, cols, x, 1, 8, out); break;                                                          \
+        case 2: name##_tile(panel, cols, x, 2, 8, out); break;                                                          \
+        case 3: name##_tile(panel, cols, x, 3, 4, out); break;                                                          \
+        case 4: name##_tile(panel, cols, x, 4, 4, out); break;                                                          \
+        }                                                                                                               \
+    }
+
+INLINE void product_f32_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                  const size_t vectors, float *out) {
+    const float *w = (const float *)(const void *)panel;                   // [cols][32]
+    memset(out, 0, n * PANEL_ROWS * sizeof *out);
+    for (size_t first = 0; first < cols; first += K_BLOCK)
+        for (size_t row = 0; row < PANEL_ROWS; row += 4 * vectors) {
+            size_t end = min_size(first + K_BLOCK, cols);
+            float32x4_t sum[4][8];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = vld1q_f32(out + t * PANEL_ROWS + row + 4 * v);
+            for (size_t k = first; k < end; k++)
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    float32x4_t weights = vld1q_f32(w + k * PANEL_ROWS + row + 4 * v);
+                    UNROLL for (size_t t = 0; t < n; t++)
+                        sum[t][v] = vfmaq_f32(sum[t][v], weights, vdupq_n_f32(x[t].values[k]));
+                }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) vst1q_f32(out + t * PANEL_ROWS + row + 4 * v, sum[t][v]);
+        }
+}
+
+// A lane holds two columns of a row; each is the upper half of a float.
+INLINE void product_bf16_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                   const size_t vectors, float *out) {
+    memset(out, 0, n * PANEL_ROWS * sizeof *out);
+    for (size_t first = 0; first < cols; first += K_BLOCK)
+        for (size_t row = 0; row < PANEL_ROWS; row += 4 * vectors) {
+            size_t end = min_size(first + K_BLOCK, cols);
+            float32x4_t sum[4][8];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = vld1q_f32(out + t * PANEL_ROWS + row + 4 * v);
+            for (size_t k = first; k < end; k += 2)
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                uint32x4_t pairs =
+                    vreinterpretq_u32_u8(vld1q_u8(panel + k * PANEL_ROWS * 2 + row * 4 + 16 * v)); // [cols/2][32][2]
+                float32x4_t even = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+                float32x4_t odd = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000)));
+                UNROLL for (size_t t = 0; t < n; t++) {
+                    sum[t][v] = vfmaq_f32(sum[t][v], even, vdupq_n_f32(x[t].values[k]));
+                    sum[t][v] = vfmaq_f32(sum[t][v], odd, vdupq_n_f32(x[t].values[k + 1]));
+                }
+                }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) vst1q_f32(out + t * PANEL_ROWS + row + 4 * v, sum[t][v]);
+        }
+}
+
+// An E4M3 number's bits, one place further right in 16, are a half-precision number 2^-8 times as large, subnormals
+// included. Columns 0 and 2 of each four come out side by side in the lanes, and so do 1 and 3: a row has two sums, added
+// up at the end. The group's scale goes into the tokens' values.
+INLINE void product_f8_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                 const size_t vectors, float *out) {
+    const size_t rows = 2 * vectors;                                       // at a time: two vectors of sums for each 4
+    const int16x8_t half_bits = vdupq_n_s16((int16_t)0xbf80);
+    float sums[4][PANEL_ROWS * 2];
+    memset(sums, 0, n * sizeof *sums);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [8], one for each 32 columns
+        const uint8_t *w = panel + block_head_bytes(DTYPE_F8, length);     // [length/4][32][4]
+        float values[4][K_BLOCK];                                          // columns 0, 2, 1, 3 of each four
+        for (size_t t = 0; t < n; t++)
+            for (size_t k = 0; k < length; k += 4) {
+                const float *from = x[t].values + first + k;
+                float scale = scales[k / K_GROUP] * 256.0f;
+                values[t][k] = from[0] * scale, values[t][k + 1] = from[2] * scale;
+                values[t][k + 2] = from[1] * scale, values[t][k + 3] = from[3] * scale;
+            }
+        for (size_t row = 0; row < PANEL_ROWS; row += rows) {
+            float32x4_t sum[4][8];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = vld1q_f32(sums[t] + 2 * row + 4 * v);
+            for (size_t k = 0; k < length; k += 4)
+                UNROLL for (size_t v = 0; v < vectors; v += 2) {
+                    int16x8_t codes = vreinterpretq_s16_u8(vld1q_u8(w + k * PANEL_ROWS + row * 4 + 8 * v));
+                    int16x8_t even_bits = vandq_s16(vshrq_n_s16(vshlq_n_s16(codes, 8), 1), half_bits);
+                    int16x8_t odd_bits = vandq_s16(vshrq_n_s16(codes, 1), half_bits);
+                    float16x8_t even = vreinterpretq_f16_s16(even_bits), odd = vreinterpretq_f16_s16(odd_bits);
+                    float32x4_t even0 = vcvt_f32_f16(vget_low_f16(even)), even1 = vcvt_high_f32_f16(even);
+                    float32x4_t odd0 = vcvt_f32_f16(vget_low_f16(odd)), odd1 = vcvt_high_f32_f16(odd);
+                    UNROLL for (size_t t = 0; t < n; t++) {
+                        float32x2_t pair0 = vld1_f32(values[t] + k), pair1 = vld1_f32(values[t] + k + 2);
+                        float32x4_t even_values = vcombine_f32(pair0, pair0), odd_values = vcombine_f32(pair1, pair1);
+                        sum[t][v] = vfmaq_f32(vfmaq_f32(sum[t][v], even0, even_values), odd0, odd_values);
+                        sum[t][v + 1] = vfmaq_f32(vfmaq_f32(sum[t][v + 1], even1, even_values), odd1, odd_values);
+                    }
+                }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) vst1q_f32(sums[t] + 2 * row + 4 * v, sum[t][v]);
+        }
+        panel = w + value_bytes(DTYPE_F8, length);
+    }
+    for (size_t t = 0; t < n; t++)
+        for (size_t row = 0; row < PANEL_ROWS; row += 4)
+            vst1q_f32(out + t * PANEL_ROWS + row,
+                      vpaddq_f32(vld1q_f32(sums[t] + 2 * row), vld1q_f32(sums[t] + 2 * row + 4)));
+}
+
+// sum + the products of four pairs of bytes in each lane. Two products of at most 127 * 127 fit in 16 bits.
+INLINE int32x4_t add_byte_products_neon(int32x4_t sum, int8x16_t weights, int8x16_t quants) {
+#ifdef __ARM_FEATURE_DOTPROD
+    return vdotq_s32(sum, weights, quants);
+#else
+    int16x8_t low = vmull_s8(vget_low_s8(weights), vget_low_s8(quants)), high = vmull_high_s8(weights, quants);
+    return vpadalq_s16(sum, vpaddq_s16(low, high));
+#endif
+}
+
+INLINE void product_q8_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                 const size_t vectors, float *out) {
+    memset(out, 0, n * PANEL_ROWS * sizeof *out);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q8, length);     // [length/4][32][4]
+        for (size_t row = 0; row < PANEL_ROWS; row += 4 * vectors) {
+            int32x4_t sum[4][8];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = vdupq_n_s32(0);
+            for (size_t k = 0; k < length; k += 4)
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    int8x16_t weights = vreinterpretq_s8_u8(vld1q_u8(w + k * PANEL_ROWS + row * 4 + 16 * v));
+                    UNROLL for (size_t t = 0; t < n; t++)
+                        sum[t][v] =
+                            add_byte_products_neon(sum[t][v], weights, broadcast_quants_neon(x[t].quants + first + k));
+                }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    float *o = out + t * PANEL_ROWS + row + 4 * v;
+                    float32x4_t scale = vmulq_n_f32(vld1q_f32(scales + row + 4 * v), x[t].scales[first / K_BLOCK]);
+                    vst1q_f32(o, vfmaq_f32(vld1q_f32(o), vcvtq_f32_s32(sum[t][v]), scale));
+                }
+        }
+        panel = w + value_bytes(DTYPE_Q8, length);
+    }
+}
+
+INLINE void product_q4_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                 const size_t vectors, float *out) {
+    const int8x16_t table = vld1q_s8(Q4_TABLE);
+    const float *row_scales = (const float *)(const void *)panel;          // [32]
+    panel += panel_head_bytes(DTYPE_Q4);
+    memset(out, 0, n * PANEL_ROWS * sizeof *out);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const uint8_t *sub = panel;                                        // [length/32][32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
+        for (size_t row = 0; row < PANEL_ROWS; row += 4 * vectors) {
+            int32x4_t part[4][8];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) part[t][v] = vdupq_n_s32(0);
+            for (size_t group = 0; group < length; group += K_GROUP) {
+                int32x4_t sum[4][8];
+                UNROLL for (size_t t = 0; t < n; t++)
+                    UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = vdupq_n_s32(0);
+                for (size_t k = group; k < group + K_GROUP; k += 8)
+                    UNROLL for (size_t v = 0; v < vectors; v++) {
+                        uint8x16_t pairs = vld1q_u8(w + k * PANEL_ROWS / 2 + row * 4 + 16 * v);
+                        int8x16_t low = vqtbl1q_s8(table, vandq_u8(pairs, vdupq_n_u8(15)));
+                        int8x16_t high = vqtbl1q_s8(table, vshrq_n_u8(pairs, 4));
+                        UNROLL for (size_t t = 0; t < n; t++) {
+                            const int8_t *q = x[t].quants + first + k;
+                            sum[t][v] = add_byte_products_neon(sum[t][v], low, broadcast_quants_neon(q));
+                            sum[t][v] = add_byte_products_neon(sum[t][v], high, broadcast_quants_neon(q + 4));
+                        }
+                    }
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    int32_t bytes[4];                                      // sub: [length / 32][32]
+                    for (size_t r = 0; r < 4; r++) bytes[r] = (int8_t)sub[group + row + 4 * v + r];
+                    int32x4_t scale = vld1q_s32(bytes);
+                    int32x4_t shift = vmulq_n_s32(vandq_s32(scale, vdupq_n_s32(1)), Q4_SHIFT);
+                    scale = vandq_s32(scale, vdupq_n_s32(-2));
+                    UNROLL for (size_t t = 0; t < n; t++) {
+                        int32x4_t shifted = vmlaq_n_s32(sum[t][v], shift, x[t].sums[(first + group) / K_GROUP]);
+                        part[t][v] = vmlaq_s32(part[t][v], shifted, scale);
+                    }
+                }
+            }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    float *o = out + t * PANEL_ROWS + row + 4 * v;
+                    float32x4_t x_scale = vdupq_n_f32(x[t].scales[first / K_BLOCK]);
+                    vst1q_f32(o, vfmaq_f32(vld1q_f32(o), vcvtq_f32_s32(part[t][v]), x_scale));
+                }
+        }
+        panel = w + value_bytes(DTYPE_Q4, length);
+    }
+    for (size_t i = 0; i < n * PANEL_ROWS; i += 4)
+        vst1q_f32(out + i, vmulq_f32(vld1q_f32(out + i), vld1q_f32(row_scales + i % PANEL_ROWS)));
+}
+
+NEON_PRODUCT(product_f32_neon)
+NEON_PRODUCT(product_bf16_neon)
+NEON_PRODUCT(product_f8_neon)
+NEON_PRODUCT(product_q8_neon)
+NEON_PRODUCT(product_q4_neon)
+
+// ---- everything else
+
+static float dot_neon(const float *x, const float *y, size_t n) {
+    float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        UNROLL for (size_t v = 0; v < 4; v++)
+            sum[v] = vfmaq_f32(sum[v], vld1q_f32(x + i + 4 * v), vld1q_f32(y + i + 4 * v));
+    float total = vaddvq_f32(vaddq_f32(vaddq_f32(sum[0], sum[1]), vaddq_f32(sum[2], sum[3])));
+    for (; i < n; i++) total += x[i] * y[i];
+    return total;
+}
+
+static void score_rows_neon(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols,
+                            float *scores) {
+    for (size_t j = 0; j < count; j++) scores[j] = dot_neon(q, rows + j * row_stride, cols);
+}
+
+// out[0 .. 4 vectors - 1] of mix_rows, kept in registers while the rows pass.
+INLINE void mix_columns_neon(const float *weights, const float *rows, size_t row_stride, size_t count, float *out,
+                             const size_t vectors) {
+    float32x4_t sum[8];
+    UNROLL for (size_t v = 0; v < vectors; v++) sum[v] = vld1q_f32(out + 4 * v);
+    for (size_t j = 0; j < count; j++)
+        UNROLL for (size_t v = 0; v < vectors; v++)
+        sum[v] = vfmaq_n_f32(sum[v], vld1q_f32(rows + j * row_stride + 4 * v), weights[j]);
+    UNROLL for (size_t v = 0; v < vectors; v++) vst1q_f32(out + 4 * v, sum[v]);
+}
+
+static void mix_rows_neon(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols,
+                          float *out) {
+    size_t c = 0;
+    for (; c + 32 <= cols; c += 32) mix_columns_neon(weights, rows + c, row_stride, count, out + c, 8);
+    for (; c + 4 <= cols; c += 4) mix_columns_neon(weights, rows + c, row_stride, count, out + c, 1);
+    mix_rows_body(weights, rows + c, row_stride, count, cols - c, out + c);
+}
+
+static void half_to_float_neon(const uint16_t *half, float *out, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half + i))));
+    half_to_float_body(half + i, out + i, n - i);
+}
+
+static const struct Kernels neon_kernels = {
+    .name = "neon",
+    .product = {[DTYPE_F32] = product_f32_neon, [DTYPE_BF16] = product_bf16_neon, [DTYPE_F8] = product_f8_neon,
+                [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon},
+    .quantize_row = quantize_row_portable,
+    .dot = dot_neon,
+    .score_rows = score_rows_neon,
+    .mix_rows = mix_rows_neon,
+    .exp_row = exp_row_portable,
+    .silu_multiply = silu_multiply_portable,
+    .half_to_float = half_to_float_neon,
+    .float_to_half = float_to_half_portable,
+    .int8_to_float = int8_to_float_portable,
+};
+
+#endif
