@@ -1030,35 +1030,19 @@ INLINE void int8_to_float_body(const int8_t *quants, float scale, float *out, si
     for (size_t i = 0; i < n; i++) out[i] = scale * (float)quants[i];
 }
 
-static void quantize_row_portable(const float *x, size_t cols, int8_t *quants, float *scales, int32_t *sums) {
-    quantize_row_body(x, cols, quants, scales, sums);
-}
-static float dot_portable(const float *x, const float *y, size_t n) { return dot_body(x, y, n); }
-static void score_rows_portable(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols, float *scores) {
-    score_rows_body(q, rows, row_stride, count, cols, scores);
-}
-static void mix_rows_portable(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols, float *out) {
-    mix_rows_body(weights, rows, row_stride, count, cols, out);
-}
-static float exp_row_portable(float *x, float maximum, size_t n) { return exp_row_body(x, maximum, n); }
-static void silu_multiply_portable(float *gate, const float *up, size_t n) { silu_multiply_body(gate, up, n); }
-static void half_to_float_portable(const uint16_t *half, float *out, size_t n) { half_to_float_body(half, out, n); }
-static void float_to_half_portable(const float *x, uint16_t *half, size_t n) { float_to_half_body(x, half, n); }
-static void int8_to_float_portable(const int8_t *quants, float scale, float *out, size_t n) { int8_to_float_body(quants, scale, out, n); }
-
 static const struct Kernels portable_kernels = {
     .name = "portable",
     .product = {[DTYPE_F32] = product_f32, [DTYPE_BF16] = product_bf16, [DTYPE_F8] = product_f8, [DTYPE_Q8] = product_q8,
                 [DTYPE_Q4] = product_q4},
-    .quantize_row = quantize_row_portable,
-    .dot = dot_portable,
-    .score_rows = score_rows_portable,
-    .mix_rows = mix_rows_portable,
-    .exp_row = exp_row_portable,
-    .silu_multiply = silu_multiply_portable,
-    .half_to_float = half_to_float_portable,
-    .float_to_half = float_to_half_portable,
-    .int8_to_float = int8_to_float_portable,
+    .quantize_row = quantize_row_body,
+    .dot = dot_body,
+    .score_rows = score_rows_body,
+    .mix_rows = mix_rows_body,
+    .exp_row = exp_row_body,
+    .silu_multiply = silu_multiply_body,
+    .half_to_float = half_to_float_body,
+    .float_to_half = float_to_half_body,
+    .int8_to_float = int8_to_float_body,
 };
 
 #if defined(__x86_64__) && __has_include("kernels/avx2.h")

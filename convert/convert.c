@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <libgen.h>
@@ -924,8 +925,12 @@ static bool read_grid(const Reader *reader, const Source *source, uint64_t row, 
             memcpy(&grid[i], &value, sizeof value);
         }
     }
-    uint64_t bad = find_not_finite(grid, count);
-    return bad == count || fail_tensor(reader, scale, first * width + bad, width, "is a scale that is NaN or infinite");
+    for (uint64_t i = 0; i < count; i++) {
+        const char *what = "is a scale that is NaN or infinite";
+        if (isfinite(grid[i])) what = "is a scale that makes its weights overflow";
+        if (!(fabsf(grid[i]) <= FLT_MAX / F8_MAX)) return fail_tensor(reader, scale, first * width + i, width, what);
+    }
+    return true;
 }
 
 static float e4m3_values[256];
@@ -954,8 +959,7 @@ static bool load_values(const Reader *reader, const Source *source, uint64_t row
             }
         }
     }
-    uint64_t bad = find_not_finite(b->values, rows * cols);
-    return bad == rows * cols || fail_tensor(reader, source->weight, row * cols + bad, cols, "overflows when it is scaled");
+    return true;
 }
 
 // Rows of a matrix as E4M3 codes with the grid of scales, whose first line belongs to the block of `row`. Other sources than F8
@@ -1585,7 +1589,8 @@ static int parse_options(int argc, char **argv, Options *options) {
 static bool check_directory(const Options *options, Failure *failure) {
     struct stat status;
     if (stat(options->directory, &status) != 0) return fail(failure, "%s: %s", options->directory, strerror(errno));
-    if (S_ISDIR(status.st_mode)) return true;
+    // A folder of GGUF or PyTorch weights has no config.json either, often; which weights it has says more.
+    if (S_ISDIR(status.st_mode)) return options->tokenizer_only || check_weights(options->directory, failure);
     return fail(failure, "%s: not a directory; r1-convert takes the folder that holds config.json and the .safetensors files",
                 options->directory);
 }

@@ -117,9 +117,7 @@ static float pack_q8_block(const float *values, size_t count, uint8_t *out) {
 
 #define GROUP_TOP 32767                       // what the largest weight of a group becomes
 #define SCALE_MAX 126
-#define FIRST_TRIALS 9                        // scales of step 1 for each sign and shift: the largest weight at 90, 96 .. 138
-
-typedef int16_t GroupVector __attribute__((vector_size(K_GROUP * 2)));   // compilers split it into what the processor has
+#define FIRST_TRIALS 7                        // scales of step 1 for each sign and shift: the largest weight at 94, 101 .. 136
 
 typedef struct {
     int16_t limit[16];                        // a weight above limit[n] is nearer to entry n + 1 than to n; 15 are used
@@ -145,23 +143,41 @@ static inline __attribute__((always_inline)) void set_limits(Limits *limits, flo
 }
 
 // The sums over a group when each weight takes the nearest entry, found by counting the midpoints below it. mirrored: the
-// scale is negative, that is, the weights are.
-static inline __attribute__((always_inline)) GroupSums sum_group(const int16_t *x, const Limits *limits, int shift, bool mirrored) {
-    GroupVector values, q = (GroupVector){0} + (int16_t)(Q4_TABLE[0] + shift);
-    memcpy(&values, x, sizeof values);
-    if (mirrored) values = -values;
+// scale is negative, that is, the weights are. Written for vectors of BYTES bytes, the width of an instruction set's registers:
+// compilers make poor code of wider ones.
 #define STEP(n) q += (values > limits->limit[n]) & (int16_t)(Q4_TABLE[n + 1] - Q4_TABLE[n]);
-    STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11) STEP(12) STEP(13) STEP(14)
-#undef STEP
-    int16_t a[K_GROUP], b[K_GROUP];
-    memcpy(a, &values, sizeof a);
-    memcpy(b, &q, sizeof b);
-    int32_t xq = 0, qq = 0;
-    for (int i = 0; i < K_GROUP; i++) {
-        xq += a[i] * b[i];
-        qq += b[i] * b[i];
+#define DEFINE_SUM_GROUP(BYTES)                                                                                                 \
+    static inline __attribute__((always_inline)) GroupSums sum_group_##BYTES(const int16_t *x, const Limits *limits, int shift, \
+                                                                             bool mirrored) {                                   \
+        typedef int16_t Vector __attribute__((vector_size(BYTES)));                                                             \
+        int16_t a[K_GROUP], b[K_GROUP];                                                                                         \
+        for (int i = 0; i < K_GROUP; i += (BYTES) / 2) {                                                                        \
+            Vector values, q = (Vector){0} + (int16_t)(Q4_TABLE[0] + shift);                                                    \
+            memcpy(&values, x + i, sizeof values);                                                                              \
+            if (mirrored) values = -values;                                                                                     \
+            STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7)                                                     \
+            STEP(8) STEP(9) STEP(10) STEP(11) STEP(12) STEP(13) STEP(14)                                                        \
+            memcpy(a + i, &values, sizeof values);                                                                              \
+            memcpy(b + i, &q, sizeof q);                                                                                        \
+        }                                                                                                                       \
+        int32_t xq = 0, qq = 0;                                                                                                 \
+        for (int i = 0; i < K_GROUP; i++) {                                                                                     \
+            xq += a[i] * b[i];                                                                                                  \
+            qq += b[i] * b[i];                                                                                                  \
+        }                                                                                                                       \
+        return (GroupSums){xq, qq};                                                                                             \
     }
-    return (GroupSums){xq, qq};
+DEFINE_SUM_GROUP(16)
+DEFINE_SUM_GROUP(32)
+DEFINE_SUM_GROUP(64)
+#undef STEP
+
+// width is a constant in every caller, so one of the three remains.
+static inline __attribute__((always_inline)) GroupSums sum_group(int width, const int16_t *x, const Limits *limits, int shift,
+                                                                 bool mirrored) {
+    return width == 64   ? sum_group_64(x, limits, shift, mirrored)
+           : width == 32 ? sum_group_32(x, limits, shift, mirrored)
+                         : sum_group_16(x, limits, shift, mirrored);
 }
 
 static inline __attribute__((always_inline)) void code_group(const int16_t *x, const Limits *limits, bool mirrored, uint8_t *codes) {
@@ -185,12 +201,12 @@ static inline __attribute__((always_inline)) float scale_group(const float *valu
 }
 
 // Step 1 for one group: the best scale in the group's own units.
-static inline __attribute__((always_inline)) float search_group(const int16_t *x, const FirstLimits *first) {
+static inline __attribute__((always_inline)) float search_group(int width, const int16_t *x, const FirstLimits *first) {
     float best = 0.0f, scale = 0.0f;
     for (int mirrored = 0; mirrored < 2; mirrored++) {
         for (int shifted = 0; shifted < 2; shifted++) {
             for (int trial = 0; trial < FIRST_TRIALS; trial++) {
-                GroupSums sums = sum_group(x, &first->at[shifted][trial], shifted * Q4_SHIFT, mirrored);
+                GroupSums sums = sum_group(width, x, &first->at[shifted][trial], shifted * Q4_SHIFT, mirrored);
                 float xq = (float)sums.xq, qq = (float)sums.qq;
                 if (sums.xq > 0 && xq * xq > best * qq) {
                     best = xq * xq / qq;
@@ -204,8 +220,8 @@ static inline __attribute__((always_inline)) float search_group(const int16_t *x
 
 // Steps 2 and 3 for one group: its sub-scale byte for the row scale d, and the sums that go with it. unit is the value of one
 // step of the scaled weights, wanted the scale to come near to.
-static inline __attribute__((always_inline)) uint8_t choose_group(const int16_t *x, float unit, float d, float wanted, int reach,
-                                                                  GroupSums *chosen) {
+static inline __attribute__((always_inline)) uint8_t choose_group(int width, const int16_t *x, float unit, float d, float wanted,
+                                                                  int reach, GroupSums *chosen) {
     bool mirrored = wanted < 0;
     int nearest = (int)(fabsf(wanted) / d * 0.5f + 0.5f) * 2, best_s = 0, best_shifted = 0;
     float best = 0.0f;                        // s = 0 is always possible: its error is sum x^2, the zero of this count
@@ -216,7 +232,7 @@ static inline __attribute__((always_inline)) uint8_t choose_group(const int16_t 
         for (int shifted = 0; shifted < 2; shifted++) {
             Limits limits;
             set_limits(&limits, ratio, shifted * Q4_SHIFT);
-            GroupSums sums = sum_group(x, &limits, shifted * Q4_SHIFT, mirrored);
+            GroupSums sums = sum_group(width, x, &limits, shifted * Q4_SHIFT, mirrored);
             float error = ratio * (ratio * (float)sums.qq - 2.0f * (float)sums.xq);
             if (error < best) {
                 best = error;
@@ -230,15 +246,15 @@ static inline __attribute__((always_inline)) uint8_t choose_group(const int16_t 
 }
 
 // One row of a q4 panel. scratch holds a scale and a unit for each group, the row as integers, and the sub-scales.
-static inline __attribute__((always_inline)) void pack_q4_row_body(const float *values, size_t cols, size_t row, uint8_t *panel,
-                                                                   const FirstLimits *first, void *scratch) {
+static inline __attribute__((always_inline)) void pack_q4_row_body(int width, const float *values, size_t cols, size_t row,
+                                                                   uint8_t *panel, const FirstLimits *first, void *scratch) {
     size_t groups = cols / K_GROUP;
     float *scales = scratch, *units = scales + groups, largest = 0.0f, d = 0.0f;
     int16_t *x = (int16_t *)(units + groups);
     uint8_t *subs = (uint8_t *)(x + cols);
     for (size_t g = 0; g < groups; g++) {
         units[g] = scale_group(values + g * K_GROUP, x + g * K_GROUP);
-        scales[g] = units[g] > 0 ? units[g] * search_group(x + g * K_GROUP, first) : 0.0f;
+        scales[g] = units[g] > 0 ? units[g] * search_group(width, x + g * K_GROUP, first) : 0.0f;
         if (fabsf(scales[g]) > largest) largest = fabsf(scales[g]);
     }
     memset(subs, 0, groups);
@@ -249,7 +265,7 @@ static inline __attribute__((always_inline)) void pack_q4_row_body(const float *
         for (size_t g = 0; g < groups; g++) {
             if (!(units[g] > 0)) continue;
             GroupSums sums;
-            subs[g] = choose_group(x + g * K_GROUP, units[g], d, scales[g], round ? 2 : 4, &sums);
+            subs[g] = choose_group(width, x + g * K_GROUP, units[g], d, scales[g], round ? 0 : 2, &sums);
             double s = (int8_t)(subs[g] & 0xfe);
             if (s != 0) scales[g] = (float)s * d;
             xq += fabs(s) * units[g] * sums.xq;
@@ -286,17 +302,17 @@ static inline __attribute__((always_inline)) void pack_q4_row_body(const float *
 typedef void PackRow(const float *values, size_t cols, size_t row, uint8_t *panel, const FirstLimits *first, void *scratch);
 
 static void pack_q4_row(const float *values, size_t cols, size_t row, uint8_t *panel, const FirstLimits *first, void *scratch) {
-    pack_q4_row_body(values, cols, row, panel, first, scratch);
+    pack_q4_row_body(16, values, cols, row, panel, first, scratch);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 __attribute__((target("avx2"))) static void pack_q4_row_avx2(const float *values, size_t cols, size_t row, uint8_t *panel,
                                                              const FirstLimits *first, void *scratch) {
-    pack_q4_row_body(values, cols, row, panel, first, scratch);
+    pack_q4_row_body(32, values, cols, row, panel, first, scratch);
 }
 __attribute__((target("avx512f,avx512bw,avx512vl"))) static void
 pack_q4_row_avx512(const float *values, size_t cols, size_t row, uint8_t *panel, const FirstLimits *first, void *scratch) {
-    pack_q4_row_body(values, cols, row, panel, first, scratch);
+    pack_q4_row_body(64, values, cols, row, panel, first, scratch);
 }
 static PackRow *choose_pack_q4_row(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
@@ -321,7 +337,7 @@ void pack_panel(uint32_t dtype, const float *rows, size_t row_count, size_t cols
         FirstLimits first;
         for (int trial = 0; trial < FIRST_TRIALS; trial++) {
             for (int shifted = 0; shifted < 2; shifted++) {
-                set_limits(&first.at[shifted][trial], GROUP_TOP / (90.0f + 6.0f * (float)trial), shifted * Q4_SHIFT);
+                set_limits(&first.at[shifted][trial], GROUP_TOP / (94.0f + 7.0f * (float)trial), shifted * Q4_SHIFT);
             }
         }
         for (size_t row = 0; row < row_count; row++) {

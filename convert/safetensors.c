@@ -17,6 +17,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define SINGLE_NAME "model.safetensors"
+#define INDEX_NAME "model.safetensors.index.json"
 #define HEADER_MAX_BYTES (100u << 20)       // the limit of the safetensors library itself
 #define SMALL_FILE_MAX_BYTES (1u << 30)     // of a JSON file beside the weights
 
@@ -227,7 +229,7 @@ static bool open_shard(Checkpoint *checkpoint, const char *file, const json_t *w
         char why[sizeof failure->text];
         memcpy(why, failure->text, sizeof why);
         if (weight_map) {
-            return fail(failure, "%.600s (model.safetensors.index.json names this file: is the download complete?)", why);
+            return fail(failure, "%.600s (" INDEX_NAME " names this file: is the download complete?)", why);
         }
         return false;
     }
@@ -273,10 +275,10 @@ static bool open_shard(Checkpoint *checkpoint, const char *file, const json_t *w
 
 static int compare_names(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
-static bool open_shards(Checkpoint *checkpoint, const json_t *index, const char *index_name, Failure *failure) {
+static bool open_shards(Checkpoint *checkpoint, const json_t *index, Failure *failure) {
     const json_t *weight_map = json_object_get(index, "weight_map");
     if (!json_is_object(weight_map) || json_object_size(weight_map) == 0) {
-        return fail(failure, "%s/%s: expected weight_map, an object of tensor and file names", checkpoint->directory, index_name);
+        return fail(failure, "%s/%s: expected weight_map, an object of tensor and file names", checkpoint->directory, INDEX_NAME);
     }
     size_t count = 0, distinct = 0, most = json_object_size(weight_map);
     const char **files = malloc(most * sizeof *files);
@@ -287,7 +289,7 @@ static bool open_shards(Checkpoint *checkpoint, const json_t *index, const char 
         const char *file = json_string_value(value);
         // The files of a checkpoint lie in its directory; an index must not lead us elsewhere.
         if (!file || !*file || strchr(file, '/') || strchr(file, '\\') || strstr(file, "..")) {
-            fail(failure, "%s/%s: tensor %s: \"%s\" is not a plain file name", checkpoint->directory, index_name, name,
+            fail(failure, "%s/%s: tensor %s: \"%s\" is not a plain file name", checkpoint->directory, INDEX_NAME, name,
                  file ? file : "(no string)");
             free(files);
             return false;
@@ -306,16 +308,24 @@ static bool open_shards(Checkpoint *checkpoint, const json_t *index, const char 
     json_object_foreach((json_t *)weight_map, name, value) {
         if (!json_object_get(checkpoint->by_name, name)) {
             return fail(failure, "%s/%s: tensor %s is missing, though %s places it there", checkpoint->directory,
-                        json_string_value(value), name, index_name);
+                        json_string_value(value), name, INDEX_NAME);
         }
     }
     return true;
 }
 
-// Says what the directory has instead of safetensors.
-static bool explain_no_weights(const Checkpoint *checkpoint, Failure *failure) {
-    DIR *directory = opendir(checkpoint->directory);
-    if (!directory) return fail(failure, "%s: %s", checkpoint->directory, strerror(errno));
+static bool file_exists(const char *directory, const char *name) {
+    char *path = join_path(directory, name);
+    struct stat status;
+    bool exists = path && lstat(path, &status) == 0;
+    free(path);
+    return exists;
+}
+
+bool check_weights(const char *path, Failure *failure) {
+    if (file_exists(path, SINGLE_NAME) || file_exists(path, INDEX_NAME)) return true;
+    DIR *directory = opendir(path);
+    if (!directory) return fail(failure, "%s: %s", path, strerror(errno));
     bool safetensors = false, pytorch = false, gguf = false;
     for (const struct dirent *entry; (entry = readdir(directory));) {
         const char *dot = strrchr(entry->d_name, '.');
@@ -326,18 +336,18 @@ static bool explain_no_weights(const Checkpoint *checkpoint, Failure *failure) {
     }
     closedir(directory);
     if (safetensors) {
-        return fail(failure, "%s: has .safetensors files, but neither model.safetensors nor model.safetensors.index.json: is the "
-                    "download complete?", checkpoint->directory);
+        return fail(failure, "%s: has .safetensors files, but neither " SINGLE_NAME " nor " INDEX_NAME ": is the download complete?",
+                    path);
     }
     if (gguf) {
         return fail(failure, "%s: has only GGUF weights, which are quantised already: download the model's original repository "
-                    "with its .safetensors files instead", checkpoint->directory);
+                    "with its .safetensors files instead", path);
     }
     if (pytorch) {
         return fail(failure, "%s: has only PyTorch weights (.bin), which r1-convert does not read: download the .safetensors "
-                    "files of the model instead", checkpoint->directory);
+                    "files of the model instead", path);
     }
-    return fail(failure, "%s: has neither model.safetensors nor model.safetensors.index.json", checkpoint->directory);
+    return fail(failure, "%s: has neither " SINGLE_NAME " nor " INDEX_NAME, path);
 }
 
 bool open_checkpoint(Checkpoint *checkpoint, const char *directory, Failure *failure) {
@@ -345,24 +355,18 @@ bool open_checkpoint(Checkpoint *checkpoint, const char *directory, Failure *fai
     if (!(checkpoint->directory = strdup(directory)) || !(checkpoint->by_name = json_object())) {
         return fail(failure, "out of memory");
     }
-    char *path = join_path(directory, "model.safetensors");
-    if (!path) return fail(failure, "out of memory");
-    struct stat status;
-    bool single = lstat(path, &status) == 0;
-    free(path);
-    if (single) {
+    if (!check_weights(directory, failure)) return false;
+    if (file_exists(directory, SINGLE_NAME)) {
         if (!(checkpoint->shards = calloc(1, sizeof *checkpoint->shards))) return fail(failure, "out of memory");
-        return open_shard(checkpoint, "model.safetensors", NULL, failure);
+        return open_shard(checkpoint, SINGLE_NAME, NULL, failure);
     }
-    const char *index_name = "model.safetensors.index.json";
     char *text;
     size_t bytes;
-    if (!read_whole_file(directory, index_name, true, &text, &bytes, failure)) return false;
-    if (!text) return explain_no_weights(checkpoint, failure);
-    json_t *index = parse_json_object(directory, index_name, text, bytes, failure);
+    if (!read_whole_file(directory, INDEX_NAME, false, &text, &bytes, failure)) return false;
+    json_t *index = parse_json_object(directory, INDEX_NAME, text, bytes, failure);
     free(text);
     if (!index) return false;
-    bool ok = open_shards(checkpoint, index, index_name, failure);
+    bool ok = open_shards(checkpoint, index, failure);
     json_decref(index);
     return ok;
 }

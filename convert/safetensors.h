@@ -49,6 +49,9 @@ typedef struct {
     json_t *by_name;              // name -> index into tensors: Jansson's objects are hashed
 } Checkpoint;
 
+// False, with what the directory has instead, if there are no safetensors weights.
+bool check_weights(const char *directory, Failure *failure);
+
 // Opens model.safetensors, or every shard that model.safetensors.index.json names, and checks every header against the size
 // of its file. Close it in either case.
 bool open_checkpoint(Checkpoint *checkpoint, const char *directory, Failure *failure);

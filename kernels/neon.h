@@ -282,15 +282,15 @@ static const struct Kernels neon_kernels = {
     .name = "neon",
     .product = {[DTYPE_F32] = product_f32_neon, [DTYPE_BF16] = product_bf16_neon, [DTYPE_F8] = product_f8_neon,
                 [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon},
-    .quantize_row = quantize_row_portable,
+    .quantize_row = quantize_row_body,
     .dot = dot_neon,
     .score_rows = score_rows_neon,
     .mix_rows = mix_rows_neon,
-    .exp_row = exp_row_portable,
-    .silu_multiply = silu_multiply_portable,
+    .exp_row = exp_row_body,
+    .silu_multiply = silu_multiply_body,
     .half_to_float = half_to_float_neon,
-    .float_to_half = float_to_half_portable,
-    .int8_to_float = int8_to_float_portable,
+    .float_to_half = float_to_half_body,
+    .int8_to_float = int8_to_float_body,
 };
 
 #endif
