@@ -1,9 +1,10 @@
 // r1-convert: a Hugging Face checkpoint directory -> one .r1 file (format.h), without Python.
 //
 // It runs in four steps. config.json becomes a ModelConfig, every value checked. The plan lists each tensor of the output
-// with its sources, dtype, shape and place, all checked against the shard headers, before a byte is written. Then the tensors
-// stream through, a few panels at a time: threads read their rows by pread, convert and pack them, while one of them writes
-// what the last round made. Preamble and tables come last, and the file gets its name only when it is whole and synced.
+// with its sources, dtype, shape and place, all checked against the shard headers, before a byte is written. Then the
+// tensors stream through, a few panels at a time: threads read their rows by pread, convert and pack them, while one of
+// them writes what the last round made. Preamble and tables come last, and the file gets its name only when it is whole and
+// synced.
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,7 +50,7 @@ typedef struct {
     bool tokenizer_only, dry_run, force, quiet;
 } Options;
 
-// ------------------------------------------------------------------------------------------------------------- config.json
+// --------------------------------------------------------------------------------------------------------- config.json
 
 typedef struct {
     const json_t *object;
@@ -108,7 +109,8 @@ static bool read_count(const Keys *keys, const char *key, uint32_t least, uint32
     return true;
 }
 
-static bool read_count_or(const Keys *keys, const char *key, uint32_t least, uint32_t most, uint32_t fallback, uint32_t *out) {
+static bool read_count_or(const Keys *keys, const char *key, uint32_t least, uint32_t most, uint32_t fallback,
+                          uint32_t *out) {
     *out = fallback;
     return !get_key(keys, key) || read_count(keys, key, least, most, out);
 }
@@ -165,7 +167,8 @@ static bool read_architecture(const Keys *keys, struct ModelConfig *config) {
         config->architecture = known_models[i].number;
         return true;
     }
-    return fail(keys->failure, "%s: model_type %s is not known; r1 runs %s", keys->path, show_value(type, text, sizeof text), known);
+    return fail(keys->failure, "%s: model_type %s is not known; r1 runs %s", keys->path,
+                show_value(type, text, sizeof text), known);
 }
 
 // rope_theta and the scaling, from the keys as published (rope_theta, rope_scaling) or as transformers 5 writes them
@@ -179,7 +182,9 @@ static bool read_rope(const Keys *keys, struct ModelConfig *config) {
     Keys rope = {object, keys->path, within, keys->failure};
     const char *name;
     json_object_foreach((json_t *)object, name, value) {
-        if (json_is_object(value)) return fail_key(&rope, name, "no object (different rotations by layer are not supported)");
+        if (json_is_object(value)) {
+            return fail_key(&rope, name, "no object (different rotations by layer are not supported)");
+        }
     }
     double theta;
     if (!expect_one(keys, "partial_rotary_factor") || !expect_one(&rope, "partial_rotary_factor") ||
@@ -258,8 +263,11 @@ static bool read_deepseek(const Keys *keys, struct ModelConfig *config) {
     }
     if (experts % config->n_group) return fail_key(keys, "n_group", "a divisor of n_routed_experts");
     // A group's score is the sum of its two best experts.
-    if (config->n_group > 1 && experts / config->n_group < 2) return fail_key(keys, "n_group", "two experts a group or more");
-    return read_count(keys, "num_experts_per_tok", 1, experts / config->n_group * config->topk_group, &config->num_experts_per_tok);
+    if (config->n_group > 1 && experts / config->n_group < 2) {
+        return fail_key(keys, "n_group", "two experts a group or more");
+    }
+    return read_count(keys, "num_experts_per_tok", 1, experts / config->n_group * config->topk_group,
+                      &config->num_experts_per_tok);
 }
 
 static bool read_gqa(const Keys *keys, struct ModelConfig *config) {
@@ -282,7 +290,9 @@ static bool read_gqa(const Keys *keys, struct ModelConfig *config) {
     if (config->head_dim % 2) {
         return fail(keys->failure, "%s: head_dim: expected an even number, got %u", keys->path, config->head_dim);
     }
-    if (heads % config->num_key_value_heads) return fail_key(keys, "num_key_value_heads", "a divisor of num_attention_heads");
+    if (heads % config->num_key_value_heads) {
+        return fail_key(keys, "num_key_value_heads", "a divisor of num_attention_heads");
+    }
     config->attention_bias = config->architecture == ARCH_QWEN2;
     config->qk_norm = config->architecture == ARCH_QWEN3;
     return true;
@@ -305,14 +315,16 @@ static bool check_quantization(const Keys *keys) {
 
 static bool read_config(const Keys *keys, struct ModelConfig *config) {
     *config = (struct ModelConfig){0};
-    if (!read_architecture(keys, config) || !expect_text(keys, "hidden_act", "silu") || !expect_flag(keys, "mlp_bias", false) ||
+    if (!read_architecture(keys, config) || !expect_text(keys, "hidden_act", "silu") ||
+        !expect_flag(keys, "mlp_bias", false) ||
         // qwen2 always has biases on q, k and v, and its config.json has no such key.
         (config->architecture != ARCH_QWEN2 && !expect_flag(keys, "attention_bias", false)) || !check_quantization(keys) ||
         !read_count(keys, "hidden_size", 1, 1u << 20, &config->hidden_size) ||
         !read_count(keys, "intermediate_size", 1, 1u << 24, &config->intermediate_size) ||
         !read_count(keys, "num_hidden_layers", 1, 4096, &config->num_hidden_layers) ||
         !read_count(keys, "num_attention_heads", 1, 1u << 14, &config->num_attention_heads) ||
-        !read_count_or(keys, "num_key_value_heads", 1, 1u << 14, config->num_attention_heads, &config->num_key_value_heads) ||
+        !read_count_or(keys, "num_key_value_heads", 1, 1u << 14, config->num_attention_heads,
+                       &config->num_key_value_heads) ||
         !read_count(keys, "vocab_size", 1, 1u << 24, &config->vocab_size) ||
         !read_count(keys, "max_position_embeddings", 1, 1u << 30, &config->max_position_embeddings) ||
         !read_flag_or(keys, "tie_word_embeddings", false, &config->tie_word_embeddings) ||
@@ -322,7 +334,7 @@ static bool read_config(const Keys *keys, struct ModelConfig *config) {
     return config->architecture == ARCH_DEEPSEEK_V3 ? read_deepseek(keys, config) : read_gqa(keys, config);
 }
 
-// ------------------------------------------------------------------------------------------------------ config and tokenizer
+// ------------------------------------------------------------------------------------------------ config and tokenizer
 
 typedef struct {
     uint32_t *ids;
@@ -372,10 +384,11 @@ static bool build_tokenizer(const Options *options, const Stops *stops, uint32_t
     char *json = NULL, *config = NULL, *template = NULL;
     TokenizerSource source = {.stops = stops->ids, .stop_count = stops->count, .vocab_size = vocab_size};
     char why[1000] = "";
-    bool ok = read_whole_file(options->directory, "tokenizer.json", false, &json, &source.tokenizer_json_bytes, failure) &&
-              read_whole_file(options->directory, "tokenizer_config.json", false, &config, &source.tokenizer_config_json_bytes,
-                              failure) &&
-              read_whole_file(options->directory, "chat_template.jinja", true, &template, &source.chat_template_bytes, failure);
+    bool ok =
+        read_whole_file(options->directory, "tokenizer.json", false, &json, &source.tokenizer_json_bytes, failure) &&
+        read_whole_file(options->directory, "tokenizer_config.json", false, &config, &source.tokenizer_config_json_bytes,
+                        failure) &&
+        read_whole_file(options->directory, "chat_template.jinja", true, &template, &source.chat_template_bytes, failure);
     if (ok) {
         source.tokenizer_json = json;
         source.tokenizer_config_json = config;
@@ -432,10 +445,12 @@ static bool read_head(const Options *options, Head *head, Failure *failure) {
     return ok;
 }
 
-// -------------------------------------------------------------------------------------------------------------------- plan
+// ---------------------------------------------------------------------------------------------------------------- plan
 
-enum Role { ROLE_EMBEDDING, ROLE_ATTENTION, ROLE_DENSE, ROLE_EXPERTS, ROLE_SHARED, ROLE_ROUTER, ROLE_NORM, ROLE_HEAD, ROLE_MTP,
-            ROLE_COUNT };
+enum Role {
+    ROLE_EMBEDDING, ROLE_ATTENTION, ROLE_DENSE, ROLE_EXPERTS, ROLE_SHARED, ROLE_ROUTER, ROLE_NORM, ROLE_HEAD, ROLE_MTP,
+    ROLE_COUNT
+};
 static const char *const role_names[ROLE_COUNT] = {"embedding", "attention", "dense feed-forward", "routed experts",
                                                    "shared experts", "routers", "norms and biases", "head", "MTP layer"};
 
@@ -472,7 +487,8 @@ typedef struct {
 
 static bool is_mtp_layer(const Plan *plan, uint32_t layer) { return layer >= plan->config->num_hidden_layers; }
 
-static Planned *add_planned(Plan *plan, enum Role role, const char *name, uint16_t parts, uint64_t experts, size_t source_count) {
+static Planned *add_planned(Plan *plan, enum Role role, const char *name, uint16_t parts, uint64_t experts,
+                            size_t source_count) {
     if (plan->count == plan->capacity) {
         size_t capacity = plan->capacity ? plan->capacity * 2 : 256;
         Planned *grown = realloc(plan->tensors, capacity * sizeof *grown);
@@ -484,7 +500,8 @@ static Planned *add_planned(Plan *plan, enum Role role, const char *name, uint16
         plan->capacity = capacity;
     }
     Planned *planned = &plan->tensors[plan->count];
-    *planned = (Planned){.role = role, .entry = {.parts = parts, .experts = experts}, .sources = calloc(source_count, sizeof(Source))};
+    *planned = (Planned){
+        .role = role, .entry = {.parts = parts, .experts = experts}, .sources = calloc(source_count, sizeof(Source))};
     if (!planned->sources) {
         fail(plan->failure, "out of memory");
         return NULL;
@@ -520,7 +537,8 @@ static const SourceTensor *need_tensor(const Plan *plan, const char *name) {
 }
 
 // Finds a matrix (dimensions 2) or a vector (1) of the checkpoint and checks it.
-static bool find_source(const Plan *plan, const char *name, unsigned dimensions, uint64_t rows, uint64_t cols, Source *source) {
+static bool find_source(const Plan *plan, const char *name, unsigned dimensions, uint64_t rows, uint64_t cols,
+                        Source *source) {
     const SourceTensor *weight = need_tensor(plan, name);
     uint64_t shape[2] = {dimensions == 2 ? rows : cols, cols};
     if (!weight || !check_shape(plan, weight, shape, dimensions)) return false;
@@ -529,8 +547,8 @@ static bool find_source(const Plan *plan, const char *name, unsigned dimensions,
                     dimensions == 1 ? "F32, F16 or BF16" : "F32, F16, BF16 or F8_E4M3", weight->dtype_text);
     }
     if (dimensions == 2 && cols % K_GROUP) {
-        return fail(plan->failure, "%s: tensor %s: has %llu columns, r1 needs a multiple of %d", shard_path(plan, weight), name,
-                    (unsigned long long)cols, K_GROUP);
+        return fail(plan->failure, "%s: tensor %s: has %llu columns, r1 needs a multiple of %d", shard_path(plan, weight),
+                    name, (unsigned long long)cols, K_GROUP);
     }
     *source = (Source){weight, NULL};
     if (weight->dtype != SOURCE_F8) return true;
@@ -540,8 +558,8 @@ static bool find_source(const Plan *plan, const char *name, unsigned dimensions,
     uint64_t grid[2] = {(rows + F8_BLOCK - 1) / F8_BLOCK, (cols + F8_BLOCK - 1) / F8_BLOCK};
     if (!scale || !check_shape(plan, scale, grid, 2)) return false;
     if (scale->dtype == SOURCE_OTHER || scale->dtype == SOURCE_F8) {
-        return fail(plan->failure, "%s: tensor %s: expected dtype F32, F16 or BF16, got %s", shard_path(plan, scale), scale_name,
-                    scale->dtype_text);
+        return fail(plan->failure, "%s: tensor %s: expected dtype F32, F16 or BF16, got %s", shard_path(plan, scale),
+                    scale_name, scale->dtype_text);
     }
     source->scale = scale;
     return true;
@@ -592,7 +610,8 @@ static bool plan_matrix(Plan *plan, enum Role role, const char *name, uint64_t r
 }
 
 // Gate, up and down of a feed-forward network, or of all experts of a layer (indexed: the source names carry a number).
-static bool plan_network(Plan *plan, enum Role role, const char *name, bool indexed, uint64_t experts, uint64_t width, bool bulk) {
+static bool plan_network(Plan *plan, enum Role role, const char *name, bool indexed, uint64_t experts, uint64_t width,
+                         bool bulk) {
     static const char *const part_names[3] = {"gate_proj", "up_proj", "down_proj"};
     uint64_t hidden = plan->config->hidden_size;
     Planned *planned = add_planned(plan, role, name, 3, experts, experts * 3);
@@ -630,8 +649,10 @@ static bool plan_factors(Plan *plan, enum Role role, const char *prefix) {
         if (!planned || !find_source(plan, source_name, 2, heads * (nope + v), lora, planned->sources)) return false;
         const SourceTensor *weight = planned->sources[0].weight;
         if (nope % K_GROUP) {
-            return fail(plan->failure, "%s: tensor %s: its qk_nope_head_dim of %" PRIu64 " becomes columns, which must be a multiple "
-                        "of %d", shard_path(plan, weight), source_name, nope, K_GROUP);
+            return fail(plan->failure,
+                        "%s: tensor %s: its qk_nope_head_dim of %" PRIu64 " becomes columns, which must be a multiple "
+                        "of %d",
+                        shard_path(plan, weight), source_name, nope, K_GROUP);
         }
         // These are small and sensitive: never below their source, unless the type is a float one that was asked for.
         uint32_t dtype = plan->recipe == DTYPE_F32 || plan->recipe == DTYPE_BF16 || plan->recipe == DTYPE_F8 ? plan->recipe
@@ -648,7 +669,8 @@ static bool plan_factors(Plan *plan, enum Role role, const char *prefix) {
     return true;
 }
 
-static bool plan_layer_matrix(Plan *plan, uint32_t layer, enum Role role, const char *name, uint64_t rows, uint64_t cols, bool bulk) {
+static bool plan_layer_matrix(Plan *plan, uint32_t layer, enum Role role, const char *name, uint64_t rows, uint64_t cols,
+                              bool bulk) {
     char full[96];
     snprintf(full, sizeof full, "model.layers.%u.%s.weight", layer, name);
     return plan_matrix(plan, role, full, rows, cols, bulk);
@@ -675,8 +697,8 @@ static bool plan_attention(Plan *plan, uint32_t layer) {
                             plan_layer_vector(plan, layer, "self_attn.q_a_layernorm.weight", c->q_lora_rank) &&
                             plan_layer_matrix(plan, layer, role, "self_attn.q_b_proj", query, c->q_lora_rank, bulk);
         return ok &&
-               plan_layer_matrix(plan, layer, role, "self_attn.kv_a_proj_with_mqa", c->kv_lora_rank + c->qk_rope_head_dim, hidden,
-                                 bulk) &&
+               plan_layer_matrix(plan, layer, role, "self_attn.kv_a_proj_with_mqa", c->kv_lora_rank + c->qk_rope_head_dim,
+                                 hidden, bulk) &&
                plan_layer_vector(plan, layer, "self_attn.kv_a_layernorm.weight", c->kv_lora_rank) &&
                plan_factors(plan, role, prefix) &&
                plan_layer_matrix(plan, layer, role, "self_attn.o_proj", hidden, heads * c->v_head_dim, bulk);
@@ -703,7 +725,8 @@ static bool plan_feed_forward(Plan *plan, uint32_t layer) {
     char name[96];
     snprintf(name, sizeof name, "model.layers.%u.mlp", layer);
     if (!plan->routed || layer < c->first_k_dense_replace) {
-        return plan_network(plan, role_in_layer(plan, layer, ROLE_DENSE), name, false, 1, c->intermediate_size, !plan->routed);
+        return plan_network(plan, role_in_layer(plan, layer, ROLE_DENSE), name, false, 1, c->intermediate_size,
+                            !plan->routed);
     }
     if (!plan_layer_matrix(plan, layer, ROLE_ROUTER, "mlp.gate", c->n_routed_experts, c->hidden_size, false) ||
         !plan_layer_vector(plan, layer, "mlp.gate.e_score_correction_bias", c->n_routed_experts)) {
@@ -717,12 +740,13 @@ static bool plan_feed_forward(Plan *plan, uint32_t layer) {
         }
     }
     snprintf(name, sizeof name, "model.layers.%u.mlp.experts", layer);
-    return plan_network(plan, role_in_layer(plan, layer, ROLE_EXPERTS), name, true, c->n_routed_experts, c->moe_intermediate_size,
-                        true);
+    return plan_network(plan, role_in_layer(plan, layer, ROLE_EXPERTS), name, true, c->n_routed_experts,
+                        c->moe_intermediate_size, true);
 }
 
 static bool plan_layer(Plan *plan, uint32_t layer) {
-    return plan_layer_vector(plan, layer, "input_layernorm.weight", plan->config->hidden_size) && plan_attention(plan, layer) &&
+    return plan_layer_vector(plan, layer, "input_layernorm.weight", plan->config->hidden_size) &&
+           plan_attention(plan, layer) &&
            plan_layer_vector(plan, layer, "post_attention_layernorm.weight", plan->config->hidden_size) &&
            plan_feed_forward(plan, layer);
 }
@@ -744,7 +768,8 @@ static bool compare_tensors(const Plan *plan, const SourceTensor *a, const Sourc
     return ok;
 }
 
-// A copy that an MTP layer carries of a matrix of the main model: kept only where it differs, in R1 it is 0.9 GB of the same.
+// A copy that an MTP layer carries of a matrix of the main model: kept only where it differs, in R1 it is 0.9 GB of the
+// same.
 static bool plan_copy(Plan *plan, uint32_t layer, const char *name, const char *original) {
     uint64_t rows = plan->config->vocab_size, cols = plan->config->hidden_size;
     char full[96];
@@ -762,7 +787,8 @@ static bool plan_copy(Plan *plan, uint32_t layer, const char *name, const char *
 
 static bool plan_mtp_layer(Plan *plan, uint32_t layer) {
     uint64_t hidden = plan->config->hidden_size;
-    return plan_layer_vector(plan, layer, "enorm.weight", hidden) && plan_layer_vector(plan, layer, "hnorm.weight", hidden) &&
+    return plan_layer_vector(plan, layer, "enorm.weight", hidden) &&
+           plan_layer_vector(plan, layer, "hnorm.weight", hidden) &&
            plan_layer_matrix(plan, layer, ROLE_MTP, "eh_proj", hidden, 2 * hidden, false) && plan_layer(plan, layer) &&
            plan_layer_vector(plan, layer, "shared_head.norm.weight", hidden) &&
            plan_copy(plan, layer, "embed_tokens", "model.embed_tokens.weight") &&
@@ -792,7 +818,9 @@ static bool make_plan(Plan *plan, bool quiet) {
         if (!plan_layer(plan, layer)) return false;
     }
     if (!plan_vector(plan, ROLE_NORM, "model.norm.weight", c->hidden_size)) return false;
-    if (!c->tie_word_embeddings && !plan_matrix(plan, ROLE_HEAD, "lm_head.weight", c->vocab_size, c->hidden_size, false)) return false;
+    if (!c->tie_word_embeddings && !plan_matrix(plan, ROLE_HEAD, "lm_head.weight", c->vocab_size, c->hidden_size, false)) {
+        return false;
+    }
     for (uint32_t i = 0; i < c->num_nextn_predict_layers; i++) {
         if (!plan_mtp_layer(plan, c->num_hidden_layers + i)) return false;
     }
@@ -822,7 +850,7 @@ static void free_plan(Plan *plan) {
     free(plan->tensors);
 }
 
-// ---------------------------------------------------------------------------------------------------------- reading sources
+// ----------------------------------------------------------------------------------------------------- reading sources
 //
 // A unit is what one thread converts at a time: some panels of one matrix, or all of one head's factor. Its buffers are
 // carved out of the thread's scratch memory.
@@ -865,7 +893,8 @@ static uint64_t lay_out_buffers(const Planned *planned, unsigned part, uint8_t *
     const struct TensorEntry *entry = &planned->entry;
     uint32_t dtype = entry->dtype[part];
     bool turn = planned->layout == LAYOUT_KEY_TRANSPOSED, rescaled = planned->rescaled[part];
-    uint64_t rows = turn ? entry->cols[part] : unit_rows(planned, part), cols = turn ? entry->rows[part] : entry->cols[part];
+    uint64_t rows = turn ? entry->cols[part] : unit_rows(planned, part),
+             cols = turn ? entry->rows[part] : entry->cols[part];
     // The first and the last row may stand inside a block.
     uint64_t loaded = rescaled && planned->layout != LAYOUT_PLAIN ? rows + 2 * F8_BLOCK : rows, used = 0;
     Buffers b;
@@ -886,16 +915,26 @@ typedef struct {
 } Reader;
 
 static bool fail_tensor(const Reader *reader, const SourceTensor *tensor, uint64_t index, uint64_t cols, const char *what) {
-    return fail(reader->failure, "%s: tensor %s: row %" PRIu64 ", column %" PRIu64 " %s", reader->checkpoint->shards[tensor->shard].path,
-                tensor->name, index / cols, index % cols, what);
+    return fail(reader->failure, "%s: tensor %s: row %" PRIu64 ", column %" PRIu64 " %s",
+                reader->checkpoint->shards[tensor->shard].path, tensor->name, index / cols, index % cols, what);
+}
+
+// All weights must be finite and fit in the type that they become.
+static bool check_values(const Reader *reader, const SourceTensor *tensor, uint64_t first, uint64_t count, uint64_t cols,
+                         uint32_t dtype, const float *values) {
+    uint64_t bad = find_beyond(values, count, magnitude_limit(dtype));
+    if (bad == count) return true;
+    char what[40];
+    snprintf(what, sizeof what, "is too large for %s", dtype_name(dtype));
+    return fail_tensor(reader, tensor, first + bad, cols, isfinite(values[bad]) ? what : "is NaN or infinite");
 }
 
 // Floats of a tensor that is not F8, from element `first` on. raw has room for them as they are stored.
-static bool read_floats(const Reader *reader, const SourceTensor *tensor, uint64_t first, uint64_t count, uint64_t cols, void *raw,
+static bool read_floats(const Reader *reader, const SourceTensor *tensor, uint64_t first, uint64_t count, void *raw,
                         float *out) {
     bool direct = tensor->dtype == SOURCE_F32;
-    if (!read_tensor(reader->checkpoint, tensor, first * tensor->element_bytes, direct ? out : raw, count * tensor->element_bytes,
-                     reader->failure)) {
+    if (!read_tensor(reader->checkpoint, tensor, first * tensor->element_bytes, direct ? out : raw,
+                     count * tensor->element_bytes, reader->failure)) {
         return false;
     }
     const uint16_t *halves = raw;
@@ -904,8 +943,7 @@ static bool read_floats(const Reader *reader, const SourceTensor *tensor, uint64
     } else if (tensor->dtype == SOURCE_F16) {
         for (uint64_t i = 0; i < count; i++) out[i] = f16_to_float(halves[i]);
     }
-    uint64_t bad = find_not_finite(out, count);
-    return bad == count || fail_tensor(reader, tensor, first + bad, cols, "is NaN or infinite");
+    return true;
 }
 
 // The scales of the blocks that rows [row, row + rows) touch, a line of (cols + 127) / 128 for each 128 rows.
@@ -935,7 +973,8 @@ static bool read_grid(const Reader *reader, const Source *source, uint64_t row, 
 
 static float e4m3_values[256];
 
-static bool read_codes(const Reader *reader, const Source *source, uint64_t row, uint64_t rows, uint64_t cols, uint8_t *codes) {
+static bool read_codes(const Reader *reader, const Source *source, uint64_t row, uint64_t rows, uint64_t cols,
+                       uint8_t *codes) {
     if (!read_tensor(reader->checkpoint, source->weight, row * cols, codes, rows * cols, reader->failure)) return false;
     for (uint64_t i = 0; i < rows * cols; i++) {
         if ((codes[i] & 0x7f) == 0x7f) return fail_tensor(reader, source->weight, row * cols + i, cols, "is NaN");
@@ -943,12 +982,16 @@ static bool read_codes(const Reader *reader, const Source *source, uint64_t row,
     return true;
 }
 
-// Rows of a matrix as floats.
-static bool load_values(const Reader *reader, const Source *source, uint64_t row, uint64_t rows, uint64_t cols, const Buffers *b) {
+// Rows of a matrix as floats that dtype can hold.
+static bool load_values(const Reader *reader, const Source *source, uint64_t row, uint64_t rows, uint64_t cols,
+                        uint32_t dtype, const Buffers *b) {
     if (source->weight->dtype != SOURCE_F8) {
-        return read_floats(reader, source->weight, row * cols, rows * cols, cols, b->raw, b->values);
+        return read_floats(reader, source->weight, row * cols, rows * cols, b->raw, b->values) &&
+               check_values(reader, source->weight, row * cols, rows * cols, cols, dtype, b->values);
     }
-    if (!read_codes(reader, source, row, rows, cols, b->raw) || !read_grid(reader, source, row, rows, cols, b->grid)) return false;
+    if (!read_codes(reader, source, row, rows, cols, b->raw) || !read_grid(reader, source, row, rows, cols, b->grid)) {
+        return false;
+    }
     uint64_t width = (cols + F8_BLOCK - 1) / F8_BLOCK;
     for (uint64_t r = 0; r < rows; r++) {
         const float *scales = b->grid + ((row + r) / F8_BLOCK - row / F8_BLOCK) * width;
@@ -959,19 +1002,20 @@ static bool load_values(const Reader *reader, const Source *source, uint64_t row
             }
         }
     }
-    return true;
+    return check_values(reader, source->weight, row * cols, rows * cols, cols, dtype, b->values);
 }
 
-// Rows of a matrix as E4M3 codes with the grid of scales, whose first line belongs to the block of `row`. Other sources than F8
-// get scale = amax / 448 for each 128 x 128 block of the whole matrix.
-static bool load_codes(const Reader *reader, const Source *source, uint64_t row, uint64_t rows, uint64_t cols, const Buffers *b) {
+// Rows of a matrix as E4M3 codes with the grid of scales, whose first line belongs to the block of `row`. Other sources
+// than F8 get scale = amax / 448 for each 128 x 128 block of the whole matrix.
+static bool load_codes(const Reader *reader, const Source *source, uint64_t row, uint64_t rows, uint64_t cols,
+                       const Buffers *b) {
     if (source->weight->dtype == SOURCE_F8) {
         return read_codes(reader, source, row, rows, cols, b->codes) && read_grid(reader, source, row, rows, cols, b->grid);
     }
     uint64_t total = source->weight->shape[0], width = (cols + F8_BLOCK - 1) / F8_BLOCK;
     uint64_t start = row / F8_BLOCK * F8_BLOCK, end = align_up(row + rows, F8_BLOCK);
     if (end > total) end = total;
-    if (!load_values(reader, source, start, end - start, cols, b)) return false;
+    if (!load_values(reader, source, start, end - start, cols, DTYPE_F8, b)) return false;
     for (uint64_t i = 0; i < align_up(end - start, F8_BLOCK) / F8_BLOCK * width; i++) b->grid[i] = 0.0f;
     for (uint64_t r = start; r < end; r++) {
         float *line = b->grid + (r - start) / F8_BLOCK * width;
@@ -990,15 +1034,7 @@ static bool load_codes(const Reader *reader, const Source *source, uint64_t row,
     return true;
 }
 
-// -------------------------------------------------------------------------------------------------------------- converting
-
-static bool check_bf16_range(const Reader *reader, const Source *source, uint64_t row, uint64_t rows, uint64_t cols,
-                             const float *values) {
-    for (uint64_t i = 0; i < rows * cols; i++) {
-        if (!(fabsf(values[i]) < 0x1.ffp127f)) return fail_tensor(reader, source->weight, row * cols + i, cols, "is too large for bf16");
-    }
-    return true;
-}
+// ---------------------------------------------------------------------------------------------------------- converting
 
 // Packs a unit whose rows are codes. turn: the unit is the transposed matrix.
 static void pack_codes(const Unit *unit, uint64_t row, uint64_t cols, bool turn, const Buffers *b, uint8_t *out) {
@@ -1023,13 +1059,15 @@ static void pack_codes(const Unit *unit, uint64_t row, uint64_t cols, bool turn,
     }
 }
 
-static bool convert_unit(const Reader *reader, const struct ModelConfig *config, const Unit *unit, uint8_t *scratch, uint8_t *out) {
+static bool convert_unit(const Reader *reader, const struct ModelConfig *config, const Unit *unit, uint8_t *scratch,
+                         uint8_t *out) {
     const Planned *planned = unit->planned;
     const struct TensorEntry *entry = &planned->entry;
     const Source *source = unit_source(planned, unit->blob, unit->part);
     uint32_t dtype = entry->dtype[unit->part];
     bool turn = planned->layout == LAYOUT_KEY_TRANSPOSED;
-    uint64_t unit_cols = entry->cols[unit->part], rows = turn ? unit_cols : unit->rows, cols = turn ? unit->rows : unit_cols;
+    uint64_t unit_cols = entry->cols[unit->part], rows = turn ? unit_cols : unit->rows,
+             cols = turn ? unit->rows : unit_cols;
     uint64_t row = unit->first_row;      // in the source
     if (planned->layout != LAYOUT_PLAIN) {
         row = unit->blob * (config->qk_nope_head_dim + config->v_head_dim);
@@ -1038,7 +1076,10 @@ static bool convert_unit(const Reader *reader, const struct ModelConfig *config,
     Buffers b;
     lay_out_buffers(planned, unit->part, scratch, &b);
     if (entry->is_vector) {
-        if (!read_floats(reader, source->weight, 0, cols, cols, b.raw, b.values)) return false;
+        if (!read_floats(reader, source->weight, 0, cols, b.raw, b.values) ||
+            !check_values(reader, source->weight, 0, cols, cols, DTYPE_F32, b.values)) {
+            return false;
+        }
         memcpy(out, b.values, cols * sizeof(float));
         return true;
     }
@@ -1047,8 +1088,7 @@ static bool convert_unit(const Reader *reader, const struct ModelConfig *config,
         pack_codes(unit, row, cols, turn, &b, out);
         return true;
     }
-    if (!load_values(reader, source, row, rows, cols, &b)) return false;
-    if (dtype == DTYPE_BF16 && !check_bf16_range(reader, source, row, rows, cols, b.values)) return false;
+    if (!load_values(reader, source, row, rows, cols, dtype, &b)) return false;
     const float *values = b.values;
     if (turn) {
         for (uint64_t r = 0; r < unit->rows; r++) {
@@ -1064,7 +1104,7 @@ static bool convert_unit(const Reader *reader, const struct ModelConfig *config,
     return true;
 }
 
-// ----------------------------------------------------------------------------------------------------------------- writing
+// ------------------------------------------------------------------------------------------------------------- writing
 
 // A run of units whose output is one stretch of the file.
 typedef struct {
@@ -1111,8 +1151,8 @@ static void show_progress(Writer *writer, bool last) {
     char bar[31];
     for (int i = 0; i < 30; i++) bar[i] = i < (int)(share * 30) ? '#' : '-';
     bar[30] = 0;
-    fprintf(stderr, "\r[%s] %3d%%  %.0f MB/s  %" PRIu64 ":%02" PRIu64 ":%02" PRIu64 " left ", bar, (int)(share * 100), speed * 1e-6,
-            left / 3600, left / 60 % 60, left % 60);
+    fprintf(stderr, "\r[%s] %3d%%  %.0f MB/s  %" PRIu64 ":%02" PRIu64 ":%02" PRIu64 " left ", bar, (int)(share * 100),
+            speed * 1e-6, left / 3600, left / 60 % 60, left % 60);
     if (last) fprintf(stderr, "\r\033[K");
     fflush(stderr);
 }
@@ -1122,7 +1162,9 @@ static bool write_all(Writer *writer, const void *data, uint64_t bytes, uint64_t
     while (bytes > 0) {
         ssize_t done = pwrite(writer->descriptor, at, bytes < (1u << 30) ? bytes : (1u << 30), (off_t)offset);
         if (done < 0 && errno == EINTR) continue;
-        if (done <= 0) return fail(&writer->failure, "%s: cannot write: %s", writer->options->output, done ? strerror(errno) : "full");
+        if (done <= 0) {
+            return fail(&writer->failure, "%s: cannot write: %s", writer->options->output, done ? strerror(errno) : "full");
+        }
         at += done;
         offset += (uint64_t)done;
         bytes -= (uint64_t)done;
@@ -1141,7 +1183,9 @@ static bool write_batch(Writer *writer, const Batch *batch) {
     writer->unsynced += batch->bytes;
     if (writer->unsynced >= SYNC_BYTES) {
         writer->unsynced = 0;
-        if (fsync(writer->descriptor) != 0) return fail(&writer->failure, "%s: cannot write: %s", writer->options->output, strerror(errno));
+        if (fsync(writer->descriptor) != 0) {
+            return fail(&writer->failure, "%s: cannot write: %s", writer->options->output, strerror(errno));
+        }
     }
     show_progress(writer, false);
     return true;
@@ -1189,7 +1233,9 @@ static bool next_batch(const Plan *plan, Cursor *cursor, Batch *batch, Failure *
     if (batch->bytes > batch->capacity) {
         free(batch->data);
         batch->capacity = 0;
-        if (!(batch->data = malloc(batch->bytes))) return fail(failure, "no memory for %" PRIu64 " bytes of output", batch->bytes);
+        if (!(batch->data = malloc(batch->bytes))) {
+            return fail(failure, "no memory for %" PRIu64 " bytes of output", batch->bytes);
+        }
         batch->capacity = batch->bytes;
     }
     memset(batch->data, 0, batch->bytes);   // the gaps between parts and experts
@@ -1248,7 +1294,9 @@ static bool write_tensors(Writer *writer, Failure *failure) {
                 seen = failed;
                 if (i > seen) continue;
                 const Unit *unit = &current->units[i];
-                if (convert_unit(&reader, plan->config, unit, scratch[omp_get_thread_num()], current->data + unit->output)) continue;
+                if (convert_unit(&reader, plan->config, unit, scratch[omp_get_thread_num()], current->data + unit->output)) {
+                    continue;
+                }
 #pragma omp critical
                 if (i < failed) {
 #pragma omp atomic write
@@ -1292,7 +1340,8 @@ static bool write_metadata(Writer *writer, Failure *failure) {
     memcpy(metadata + sizeof preamble, plan->config, sizeof *plan->config);
     memcpy(metadata + preamble.tokenizer_offset, writer->head->tokenizer, writer->head->tokenizer_bytes);
     for (size_t i = 0; i < plan->count; i++) {
-        memcpy(metadata + plan->table_offset + i * sizeof(struct TensorEntry), &plan->tensors[i].entry, sizeof(struct TensorEntry));
+        memcpy(metadata + plan->table_offset + i * sizeof(struct TensorEntry), &plan->tensors[i].entry,
+               sizeof(struct TensorEntry));
     }
     const size_t hashed = offsetof(struct FilePreamble, metadata_hash);
     XXH3_64bits_reset(writer->hash);
@@ -1376,7 +1425,8 @@ static bool check_output(const Options *options, const Checkpoint *checkpoint, F
     }
     if (!options->force) return fail(failure, "%s: exists already (--force replaces it)", options->output);
     for (size_t i = 0; checkpoint && i < checkpoint->shard_count; i++) {
-        if (checkpoint->shards[i].device == (uint64_t)status.st_dev && checkpoint->shards[i].inode == (uint64_t)status.st_ino) {
+        if (checkpoint->shards[i].device == (uint64_t)status.st_dev &&
+            checkpoint->shards[i].inode == (uint64_t)status.st_ino) {
             return fail(failure, "%s: is a file of the checkpoint itself", options->output);
         }
     }
@@ -1400,8 +1450,8 @@ static bool check_space(const Options *options, uint64_t needed, Failure *failur
         uint64_t unit = status.f_frsize ? status.f_frsize : status.f_bsize, left = (uint64_t)status.f_bavail;
         char a[32], b[32];
         if (needed / unit >= left) {
-            ok = fail(failure, "%s: the file needs %s, the disk has %s left", options->output, show_bytes((double)needed, a, sizeof a),
-                      show_bytes((double)left * (double)unit, b, sizeof b));
+            ok = fail(failure, "%s: the file needs %s, the disk has %s left", options->output,
+                      show_bytes((double)needed, a, sizeof a), show_bytes((double)left * (double)unit, b, sizeof b));
         }
     }
     free(copy);
@@ -1421,7 +1471,8 @@ static bool write_file(const Options *options, Plan *plan, const Head *head, Fai
     if (ok && (ftruncate(writer.descriptor, (off_t)plan->file_bytes) != 0 || fsync(writer.descriptor) != 0)) {
         ok = fail(failure, "%s: cannot write: %s", options->output, strerror(errno));
     }
-    if (created && close(writer.descriptor) != 0 && ok) ok = fail(failure, "%s: cannot write: %s", options->output, strerror(errno));
+    if (created && close(writer.descriptor) != 0 && ok)
+        ok = fail(failure, "%s: cannot write: %s", options->output, strerror(errno));
     // Somebody may have made the file meanwhile.
     ok = ok && check_output(options, plan->checkpoint, failure);
     if (ok && rename(partial_path, options->output) != 0) {
@@ -1436,7 +1487,7 @@ static bool write_file(const Options *options, Plan *plan, const Head *head, Fai
     return ok;
 }
 
-// ------------------------------------------------------------------------------------------------------------------ report
+// -------------------------------------------------------------------------------------------------------------- report
 
 static double bits_per_weight(const Plan *plan) {
     uint64_t bytes = 0, weights = 0;
@@ -1483,8 +1534,9 @@ static void print_plan(const Options *options, const Plan *plan) {
         for (int dtype = 1; dtype < DTYPE_COUNT; dtype++) {
             const Line *line = &lines[role][dtype];
             if (!line->bytes) continue;
-            printf("%-20s %9" PRIu64 "  %-6s %10s %12s %7.2f%%\n", role_names[role], line->tensors, dtype_name((uint32_t)dtype),
-                   show_weights((double)line->weights, a, sizeof a), show_bytes((double)line->bytes, b, sizeof b),
+            printf("%-20s %9" PRIu64 "  %-6s %10s %12s %7.2f%%\n", role_names[role], line->tensors,
+                   dtype_name((uint32_t)dtype), show_weights((double)line->weights, a, sizeof a),
+                   show_bytes((double)line->bytes, b, sizeof b),
                    total.bytes ? 100.0 * (double)line->bytes / (double)total.bytes : 0.0);
         }
     }
@@ -1497,7 +1549,7 @@ static void print_plan(const Options *options, const Plan *plan) {
            show_bytes((double)memory, b, sizeof b), threads, threads == 1 ? "" : "s");
 }
 
-// -------------------------------------------------------------------------------------------------------------------- main
+// ---------------------------------------------------------------------------------------------------------------- main
 
 static const char usage[] =
     "usage: r1-convert CHECKPOINT_DIR OUT.r1 [options]\n"
@@ -1513,7 +1565,8 @@ static const char usage[] =
     "  -q, --quiet       print nothing but errors\n"
     "  -h, --help        this text\n"
     "\n"
-    "Models: deepseek_v3 (DeepSeek-R1, R1-Zero, R1-0528, Moonlight), qwen2 and llama (the distills), qwen3 (R1-0528-Qwen3-8B).\n";
+    "Models: deepseek_v3 (DeepSeek-R1, R1-Zero, R1-0528, Moonlight), qwen2 and llama (the distills), qwen3 "
+    "(R1-0528-Qwen3-8B).\n";
 
 static int complain(const char *format, ...) {
     va_list arguments;
@@ -1556,17 +1609,23 @@ static int parse_options(int argc, char **argv, Options *options) {
             for (options->recipe = 0; options->recipe < DTYPE_COUNT; options->recipe++) {
                 if (strcmp(optarg, dtype_name(options->recipe)) == 0) break;
             }
-            if (options->recipe == DTYPE_COUNT) return complain("--type: expected source, f32, bf16, f8, q8 or q4, got %s", optarg);
+            if (options->recipe == DTYPE_COUNT) {
+                return complain("--type: expected source, f32, bf16, f8, q8 or q4, got %s", optarg);
+            }
             break;
         case OPTION_LAYERS:
-            if (!parse_number(optarg, 1, 1000000, &number)) return complain("--layers: expected a positive number, got %s", optarg);
+            if (!parse_number(optarg, 1, 1000000, &number)) {
+                return complain("--layers: expected a positive number, got %s", optarg);
+            }
             options->layers = (uint32_t)number;
             break;
         case OPTION_TOKENIZER_ONLY: options->tokenizer_only = true; break;
         case OPTION_DRY_RUN: options->dry_run = true; break;
         case OPTION_FORCE: options->force = true; break;
         case 't':
-            if (!parse_number(optarg, 1, 4096, &number)) return complain("-t: expected a number from 1 to 4096, got %s", optarg);
+            if (!parse_number(optarg, 1, 4096, &number)) {
+                return complain("-t: expected a number from 1 to 4096, got %s", optarg);
+            }
             options->threads = (int)number;
             break;
         case 'q': options->quiet = true; break;
@@ -1591,7 +1650,8 @@ static bool check_directory(const Options *options, Failure *failure) {
     if (stat(options->directory, &status) != 0) return fail(failure, "%s: %s", options->directory, strerror(errno));
     // A folder of GGUF or PyTorch weights has no config.json either, often; which weights it has says more.
     if (S_ISDIR(status.st_mode)) return options->tokenizer_only || check_weights(options->directory, failure);
-    return fail(failure, "%s: not a directory; r1-convert takes the folder that holds config.json and the .safetensors files",
+    return fail(failure,
+                "%s: not a directory; r1-convert takes the folder that holds config.json and the .safetensors files",
                 options->directory);
 }
 
@@ -1611,9 +1671,10 @@ static bool convert(const Options *options, Failure *failure) {
     if (ok && options->dry_run) print_plan(options, &plan);
     if (ok && !options->dry_run) ok = write_file(options, &plan, &head, failure);
     if (ok && !options->dry_run && !options->quiet) {
-        char text[32];
-        fprintf(stderr, "%s: %s, %.3f bits per weight, %.1f seconds\n", options->output,
-                show_bytes((double)plan.file_bytes, text, sizeof text), bits_per_weight(&plan), now() - start);
+        char size[32], bits[48] = "";
+        if (plan.count) snprintf(bits, sizeof bits, ", %.3f bits per weight", bits_per_weight(&plan));
+        fprintf(stderr, "%s: %s%s, %.1f seconds\n", options->output, show_bytes((double)plan.file_bytes, size, sizeof size),
+                bits, now() - start);
     }
     free_plan(&plan);
     close_checkpoint(&checkpoint);

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// ---------------------------------------------------------------------------------------------------------------- elements
+// ------------------------------------------------------------------------------------------------------------ elements
 
 static float bits_to_float(uint32_t bits) {
     float value;
@@ -59,7 +59,8 @@ uint16_t float_to_bf16(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-size_t find_not_finite(const float *values, size_t count) {
+size_t find_beyond(const float *values, size_t count, float limit) {
+    uint32_t most = float_to_bits(limit); // finite floats of one sign sort as their bits do, infinity and NaN behind them
     // Blocks without an early exit become vector code.
     for (size_t start = 0; start < count; start += 256) {
         size_t end = count - start < 256 ? count : start + 256;
@@ -68,16 +69,16 @@ size_t find_not_finite(const float *values, size_t count) {
             uint32_t magnitude = float_to_bits(values[i]) & 0x7fffffff;
             worst = magnitude > worst ? magnitude : worst;
         }
-        if (worst < 0x7f800000) continue;
+        if (worst < most) continue;
         for (size_t i = start; i < end; i++) {
-            if ((float_to_bits(values[i]) & 0x7fffffff) >= 0x7f800000) return i;
+            if ((float_to_bits(values[i]) & 0x7fffffff) >= most) return i;
         }
     }
     return count;
 }
 
 static float largest_magnitude(const float *values, size_t count) {
-    uint32_t worst = 0;                       // finite floats of one sign sort as their bits do
+    uint32_t worst = 0;
     for (size_t i = 0; i < count; i++) {
         uint32_t magnitude = float_to_bits(values[i]) & 0x7fffffff;
         worst = magnitude > worst ? magnitude : worst;
@@ -90,7 +91,7 @@ static inline int32_t round_to_int(float value) {
     return (int32_t)(float_to_bits(value + 12582912.0f) & 0x7fffff) - 0x400000;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------- q8
+// ------------------------------------------------------------------------------------------------------------------ q8
 
 // One k-block of one row; the codes go to out[k / 4 * 128 + k % 4].
 static float pack_q8_block(const float *values, size_t count, uint8_t *out) {
@@ -104,7 +105,7 @@ static float pack_q8_block(const float *values, size_t count, uint8_t *out) {
     return scale;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------- q4
+// ------------------------------------------------------------------------------------------------------------------ q4
 //
 // A group of 32 weights x is stored as D * s * (table[n] + b): D the row's scale, s an even integer in -126..126, b 0 or
 // Q4_SHIFT. The search works on x scaled to 16-bit integers by the largest of the group, and on the sums
@@ -117,7 +118,7 @@ static float pack_q8_block(const float *values, size_t count, uint8_t *out) {
 
 #define GROUP_TOP 32767                       // what the largest weight of a group becomes
 #define SCALE_MAX 126
-#define FIRST_TRIALS 7                        // scales of step 1 for each sign and shift: the largest weight at 94, 101 .. 136
+#define FIRST_TRIALS 7 // scales of step 1 for each sign and shift: the largest weight at 94, 101 .. 136
 
 typedef struct {
     int16_t limit[16];                        // a weight above limit[n] is nearer to entry n + 1 than to n; 15 are used
@@ -146,41 +147,39 @@ static inline __attribute__((always_inline)) void set_limits(Limits *limits, flo
 // scale is negative, that is, the weights are. Written for vectors of BYTES bytes, the width of an instruction set's registers:
 // compilers make poor code of wider ones.
 #define STEP(n) q += (values > limits->limit[n]) & (int16_t)(Q4_TABLE[n + 1] - Q4_TABLE[n]);
-#define DEFINE_SUM_GROUP(BYTES)                                                                                                 \
+#define DEFINE_SUM_GROUP(BYTES) \
     static inline __attribute__((always_inline)) GroupSums sum_group_##BYTES(const int16_t *x, const Limits *limits, int shift, \
-                                                                             bool mirrored) {                                   \
-        typedef int16_t Vector __attribute__((vector_size(BYTES)));                                                             \
-        int16_t a[K_GROUP], b[K_GROUP];                                                                                         \
-        for (int i = 0; i < K_GROUP; i += (BYTES) / 2) {                                                                        \
-            Vector values, q = (Vector){0} + (int16_t)(Q4_TABLE[0] + shift);                                                    \
-            memcpy(&values, x + i, sizeof values);                                                                              \
-            if (mirrored) values = -values;                                                                                     \
-            STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7)                                                     \
-            STEP(8) STEP(9) STEP(10) STEP(11) STEP(12) STEP(13) STEP(14)                                                        \
-            memcpy(a + i, &values, sizeof values);                                                                              \
-            memcpy(b + i, &q, sizeof q);                                                                                        \
-        }                                                                                                                       \
-        int32_t xq = 0, qq = 0;                                                                                                 \
-        for (int i = 0; i < K_GROUP; i++) {                                                                                     \
-            xq += a[i] * b[i];                                                                                                  \
-            qq += b[i] * b[i];                                                                                                  \
-        }                                                                                                                       \
-        return (GroupSums){xq, qq};                                                                                             \
+                                                                             bool mirrored) { \
+        typedef int16_t Vector __attribute__((vector_size(BYTES))); \
+        int16_t a[K_GROUP], b[K_GROUP]; \
+        for (int i = 0; i < K_GROUP; i += (BYTES) / 2) { \
+            Vector values, q = (Vector){0} + (int16_t)(Q4_TABLE[0] + shift); \
+            memcpy(&values, x + i, sizeof values); \
+            if (mirrored) values = -values; \
+            STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) \
+            STEP(8) STEP(9) STEP(10) STEP(11) STEP(12) STEP(13) STEP(14) \
+            memcpy(a + i, &values, sizeof values); \
+            memcpy(b + i, &q, sizeof q); \
+        } \
+        int32_t xq = 0, qq = 0; \
+        for (int i = 0; i < K_GROUP; i++) { \
+            xq += a[i] * b[i]; \
+            qq += b[i] * b[i]; \
+        } \
+        return (GroupSums){xq, qq}; \
     }
 DEFINE_SUM_GROUP(16)
 DEFINE_SUM_GROUP(32)
-DEFINE_SUM_GROUP(64)
 #undef STEP
 
-// width is a constant in every caller, so one of the three remains.
-static inline __attribute__((always_inline)) GroupSums sum_group(int width, const int16_t *x, const Limits *limits, int shift,
-                                                                 bool mirrored) {
-    return width == 64   ? sum_group_64(x, limits, shift, mirrored)
-           : width == 32 ? sum_group_32(x, limits, shift, mirrored)
-                         : sum_group_16(x, limits, shift, mirrored);
+// width is a constant in every caller, so one of the two remains.
+static inline __attribute__((always_inline)) GroupSums sum_group(int width, const int16_t *x, const Limits *limits,
+                                                                 int shift, bool mirrored) {
+    return width == 32 ? sum_group_32(x, limits, shift, mirrored) : sum_group_16(x, limits, shift, mirrored);
 }
 
-static inline __attribute__((always_inline)) void code_group(const int16_t *x, const Limits *limits, bool mirrored, uint8_t *codes) {
+static inline __attribute__((always_inline)) void code_group(const int16_t *x, const Limits *limits, bool mirrored,
+                                                             uint8_t *codes) {
     for (int i = 0; i < K_GROUP; i++) {
         int value = mirrored ? -x[i] : x[i];
         uint8_t code = 0;
@@ -218,17 +217,19 @@ static inline __attribute__((always_inline)) float search_group(int width, const
     return scale;
 }
 
-// Steps 2 and 3 for one group: its sub-scale byte for the row scale d, and the sums that go with it. unit is the value of one
-// step of the scaled weights, wanted the scale to come near to.
-static inline __attribute__((always_inline)) uint8_t choose_group(int width, const int16_t *x, float unit, float d, float wanted,
-                                                                  int reach, GroupSums *chosen) {
+// Steps 2 and 3 for one group: its sub-scale byte for the row scale d, and the sums that go with it. unit is the value of
+// one step of the scaled weights, wanted the scale to come near to.
+static inline __attribute__((always_inline)) uint8_t choose_group(int width, const int16_t *x, float unit, float d,
+                                                                  float wanted, int reach, GroupSums *chosen) {
     bool mirrored = wanted < 0;
     int nearest = (int)(fabsf(wanted) / d * 0.5f + 0.5f) * 2, best_s = 0, best_shifted = 0;
+    if (nearest > SCALE_MAX) nearest = SCALE_MAX;
     float best = 0.0f;                        // s = 0 is always possible: its error is sum x^2, the zero of this count
     *chosen = (GroupSums){0, 0};
     for (int s = nearest - reach; s <= nearest + reach; s += 2) {
         if (s < 2 || s > SCALE_MAX) continue;
         float ratio = (float)s * d / unit;
+        if (!(ratio < GROUP_TOP)) continue;   // every weight is zero beside this scale
         for (int shifted = 0; shifted < 2; shifted++) {
             Limits limits;
             set_limits(&limits, ratio, shifted * Q4_SHIFT);
@@ -247,7 +248,8 @@ static inline __attribute__((always_inline)) uint8_t choose_group(int width, con
 
 // One row of a q4 panel. scratch holds a scale and a unit for each group, the row as integers, and the sub-scales.
 static inline __attribute__((always_inline)) void pack_q4_row_body(int width, const float *values, size_t cols, size_t row,
-                                                                   uint8_t *panel, const FirstLimits *first, void *scratch) {
+                                                                   uint8_t *panel, const FirstLimits *first,
+                                                                   void *scratch) {
     size_t groups = cols / K_GROUP;
     float *scales = scratch, *units = scales + groups, largest = 0.0f, d = 0.0f;
     int16_t *x = (int16_t *)(units + groups);
@@ -298,10 +300,12 @@ static inline __attribute__((always_inline)) void pack_q4_row_body(int width, co
     }
 }
 
-// The same code for three instruction sets; the sums are integers, so the bytes are the same.
+// The same code for two instruction sets; the sums are integers, so the bytes are the same. (512-bit registers were
+// slower.)
 typedef void PackRow(const float *values, size_t cols, size_t row, uint8_t *panel, const FirstLimits *first, void *scratch);
 
-static void pack_q4_row(const float *values, size_t cols, size_t row, uint8_t *panel, const FirstLimits *first, void *scratch) {
+static void pack_q4_row(const float *values, size_t cols, size_t row, uint8_t *panel, const FirstLimits *first,
+                        void *scratch) {
     pack_q4_row_body(16, values, cols, row, panel, first, scratch);
 }
 
@@ -310,21 +314,14 @@ __attribute__((target("avx2"))) static void pack_q4_row_avx2(const float *values
                                                              const FirstLimits *first, void *scratch) {
     pack_q4_row_body(32, values, cols, row, panel, first, scratch);
 }
-__attribute__((target("avx512f,avx512bw,avx512vl"))) static void
-pack_q4_row_avx512(const float *values, size_t cols, size_t row, uint8_t *panel, const FirstLimits *first, void *scratch) {
-    pack_q4_row_body(64, values, cols, row, panel, first, scratch);
-}
 static PackRow *choose_pack_q4_row(void) {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        return pack_q4_row_avx512;
-    }
     return __builtin_cpu_supports("avx2") ? pack_q4_row_avx2 : pack_q4_row;
 }
 #else
 static PackRow *choose_pack_q4_row(void) { return pack_q4_row; }
 #endif
 
-// ------------------------------------------------------------------------------------------------------------------ panels
+// -------------------------------------------------------------------------------------------------------------- panels
 
 size_t pack_scratch_bytes(uint32_t dtype, size_t cols) {
     return dtype == DTYPE_Q4 ? cols / K_GROUP * (2 * sizeof(float) + 1) + cols * sizeof(int16_t) : 0;
@@ -382,7 +379,8 @@ void pack_f8_panel(const uint8_t *codes, size_t row_count, size_t cols, const fl
 }
 
 // One value of a k-block of count columns.
-static float unpack_value(uint32_t dtype, const uint8_t *block, const float *row_scales, size_t count, size_t row, size_t k) {
+static float unpack_value(uint32_t dtype, const uint8_t *block, const float *row_scales, size_t count, size_t row,
+                          size_t k) {
     const uint8_t *values = block + block_head_bytes(dtype, count);
     float scale = 1.0f;
     uint16_t upper;

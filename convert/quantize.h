@@ -21,8 +21,13 @@ static inline float bf16_to_float(uint16_t upper) {
 // To the nearest, ties to even. A finite value may round to infinity.
 uint16_t float_to_bf16(float value);
 
-// The index of the first value that is NaN or infinite, or count.
-size_t find_not_finite(const float *values, size_t count);
+// The index of the first value whose magnitude is not below limit (NaN is not, and infinity never is), or count.
+size_t find_beyond(const float *values, size_t count, float limit);
+
+// What pack_panel can take: magnitudes below this (for f32, everything finite).
+static inline float magnitude_limit(uint32_t dtype) {
+    return dtype == DTYPE_F32 ? __builtin_inff() : dtype == DTYPE_BF16 ? 0x1.ffp127f : 1e37f;
+}
 
 // ---- panels
 

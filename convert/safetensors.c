@@ -22,7 +22,7 @@
 #define HEADER_MAX_BYTES (100u << 20)       // the limit of the safetensors library itself
 #define SMALL_FILE_MAX_BYTES (1u << 30)     // of a JSON file beside the weights
 
-// ------------------------------------------------------------------------------------------------------------- small files
+// --------------------------------------------------------------------------------------------------------- small files
 
 bool fail(Failure *failure, const char *format, ...) {
     va_list arguments;
@@ -61,7 +61,9 @@ static bool read_range(int descriptor, const char *path, uint64_t offset, void *
     while (bytes > 0) {
         ssize_t got = pread(descriptor, at, bytes < (1u << 30) ? bytes : (1u << 30), (off_t)offset);
         if (got < 0 && errno == EINTR) continue;
-        if (got < 0) return fail(failure, "%s: cannot read at byte %llu: %s", path, (unsigned long long)offset, strerror(errno));
+        if (got < 0) {
+            return fail(failure, "%s: cannot read at byte %llu: %s", path, (unsigned long long)offset, strerror(errno));
+        }
         if (got == 0) {
             return fail(failure, "%s: ends at byte %llu, %zu bytes early: it became shorter while it was read", path,
                         (unsigned long long)offset, bytes);
@@ -73,7 +75,8 @@ static bool read_range(int descriptor, const char *path, uint64_t offset, void *
     return true;
 }
 
-bool read_whole_file(const char *directory, const char *name, bool optional, char **contents, size_t *bytes, Failure *failure) {
+bool read_whole_file(const char *directory, const char *name, bool optional, char **contents, size_t *bytes,
+                     Failure *failure) {
     *contents = NULL;
     *bytes = 0;
     char *path = join_path(directory, name);
@@ -117,7 +120,7 @@ json_t *parse_json_object(const char *directory, const char *name, const char *t
     return root;
 }
 
-// ----------------------------------------------------------------------------------------------------------------- headers
+// ------------------------------------------------------------------------------------------------------------- headers
 
 const char *print_shape(const uint64_t *shape, unsigned dimensions, char *text, size_t size) {
     size_t used = (size_t)snprintf(text, size, "[");
@@ -150,18 +153,19 @@ static unsigned parse_dtype(const char *text, uint8_t *dtype) {
 }
 
 // Fills a tensor from its header entry. data_start is where the data begins in the shard.
-static bool parse_tensor(const Shard *shard, const char *name, const json_t *entry, uint64_t data_start, SourceTensor *tensor,
-                         Failure *failure) {
+static bool parse_tensor(const Shard *shard, const char *name, const json_t *entry, uint64_t data_start,
+                         SourceTensor *tensor, Failure *failure) {
     const json_t *dtype = json_object_get(entry, "dtype"), *shape = json_object_get(entry, "shape");
     const json_t *offsets = json_object_get(entry, "data_offsets");
     if (!json_is_string(dtype) || !json_is_array(shape) || !json_is_array(offsets) || json_array_size(offsets) != 2) {
-        return fail(failure, "%s: tensor %s: its header entry lacks a proper dtype, shape or data_offsets", shard->path, name);
+        return fail(failure, "%s: tensor %s: its header entry lacks a proper dtype, shape or data_offsets", shard->path,
+                    name);
     }
     snprintf(tensor->dtype_text, sizeof tensor->dtype_text, "%s", json_string_value(dtype));
     tensor->element_bytes = (uint8_t)parse_dtype(json_string_value(dtype), &tensor->dtype);
     if (json_array_size(shape) > SOURCE_MAX_DIMENSIONS) {
-        return fail(failure, "%s: tensor %s: %zu dimensions, at most %d are expected", shard->path, name, json_array_size(shape),
-                    SOURCE_MAX_DIMENSIONS);
+        return fail(failure, "%s: tensor %s: %zu dimensions, at most %d are expected", shard->path, name,
+                    json_array_size(shape), SOURCE_MAX_DIMENSIONS);
     }
     tensor->dimensions = (uint8_t)json_array_size(shape);
     uint64_t elements = 1;
@@ -182,7 +186,8 @@ static bool parse_tensor(const Shard *shard, const char *name, const json_t *ent
         return fail(failure, "%s: tensor %s: its data_offsets are not two ascending byte offsets", shard->path, name);
     }
     if ((uint64_t)json_integer_value(last) > data_bytes) {
-        return fail(failure, "%s: tensor %s: its data ends at byte %lld, but the file has %llu bytes of data: is it complete?",
+        return fail(failure,
+                    "%s: tensor %s: its data ends at byte %lld, but the file has %llu bytes of data: is it complete?",
                     shard->path, name, (long long)json_integer_value(last), (unsigned long long)data_bytes);
     }
     tensor->offset = data_start + (uint64_t)json_integer_value(first);
@@ -238,17 +243,22 @@ static bool open_shard(Checkpoint *checkpoint, const char *file, const json_t *w
 
     unsigned char prefix[8];
     if (shard->bytes < sizeof prefix) {
-        return fail(failure, "%s: %llu bytes are too few for a safetensors file", shard->path, (unsigned long long)shard->bytes);
+        return fail(failure, "%s: %llu bytes are too few for a safetensors file", shard->path,
+                    (unsigned long long)shard->bytes);
     }
     if (!read_range(shard->descriptor, shard->path, 0, prefix, sizeof prefix, failure)) return false;
     uint64_t header_bytes = 0;
     for (int i = 7; i >= 0; i--) header_bytes = header_bytes << 8 | prefix[i];
     if (header_bytes > shard->bytes - sizeof prefix || header_bytes > HEADER_MAX_BYTES) {
-        return fail(failure, "%s: its header claims %llu bytes, in a file of %llu: truncated, or no safetensors file (a git-lfs "
-                    "pointer?)", shard->path, (unsigned long long)header_bytes, (unsigned long long)shard->bytes);
+        return fail(failure,
+                    "%s: its header claims %llu bytes, in a file of %llu: truncated, or no safetensors file (a git-lfs "
+                    "pointer?)",
+                    shard->path, (unsigned long long)header_bytes, (unsigned long long)shard->bytes);
     }
     char *text = malloc((size_t)header_bytes + 1);
-    if (!text) return fail(failure, "%s: no memory for its header of %llu bytes", shard->path, (unsigned long long)header_bytes);
+    if (!text) {
+        return fail(failure, "%s: no memory for its header of %llu bytes", shard->path, (unsigned long long)header_bytes);
+    }
     if (!read_range(shard->descriptor, shard->path, sizeof prefix, text, (size_t)header_bytes, failure)) {
         free(text);
         return false;
@@ -271,14 +281,15 @@ static bool open_shard(Checkpoint *checkpoint, const char *file, const json_t *w
     return ok;
 }
 
-// -------------------------------------------------------------------------------------------------------------- checkpoint
+// ---------------------------------------------------------------------------------------------------------- checkpoint
 
 static int compare_names(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
 static bool open_shards(Checkpoint *checkpoint, const json_t *index, Failure *failure) {
     const json_t *weight_map = json_object_get(index, "weight_map");
     if (!json_is_object(weight_map) || json_object_size(weight_map) == 0) {
-        return fail(failure, "%s/%s: expected weight_map, an object of tensor and file names", checkpoint->directory, INDEX_NAME);
+        return fail(failure, "%s/%s: expected weight_map, an object of tensor and file names", checkpoint->directory,
+                    INDEX_NAME);
     }
     size_t count = 0, distinct = 0, most = json_object_size(weight_map);
     const char **files = malloc(most * sizeof *files);
@@ -336,16 +347,21 @@ bool check_weights(const char *path, Failure *failure) {
     }
     closedir(directory);
     if (safetensors) {
-        return fail(failure, "%s: has .safetensors files, but neither " SINGLE_NAME " nor " INDEX_NAME ": is the download complete?",
+        return fail(failure,
+                    "%s: has .safetensors files, but neither " SINGLE_NAME " nor " INDEX_NAME ": is the download complete?",
                     path);
     }
     if (gguf) {
-        return fail(failure, "%s: has only GGUF weights, which are quantised already: download the model's original repository "
-                    "with its .safetensors files instead", path);
+        return fail(failure,
+                    "%s: has only GGUF weights, which are quantised already: download the model's original repository "
+                    "with its .safetensors files instead",
+                    path);
     }
     if (pytorch) {
-        return fail(failure, "%s: has only PyTorch weights (.bin), which r1-convert does not read: download the .safetensors "
-                    "files of the model instead", path);
+        return fail(failure,
+                    "%s: has only PyTorch weights (.bin), which r1-convert does not read: download the .safetensors "
+                    "files of the model instead",
+                    path);
     }
     return fail(failure, "%s: has neither " SINGLE_NAME " nor " INDEX_NAME, path);
 }

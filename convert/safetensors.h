@@ -67,9 +67,10 @@ bool read_tensor(const Checkpoint *checkpoint, const SourceTensor *tensor, uint6
 // The shape as "[a, b]"; returns text.
 const char *print_shape(const uint64_t *shape, unsigned dimensions, char *text, size_t size);
 
-// Whole small files. The contents are zero-terminated (the zero is not counted). *contents stays NULL with true returned if the
-// file does not exist and is optional.
-bool read_whole_file(const char *directory, const char *name, bool optional, char **contents, size_t *bytes, Failure *failure);
+// Whole small files. The contents are zero-terminated (the zero is not counted). *contents stays NULL with true returned if
+// the file does not exist and is optional.
+bool read_whole_file(const char *directory, const char *name, bool optional, char **contents, size_t *bytes,
+                     Failure *failure);
 
 // NULL with a sentence in failure unless the text is one JSON object.
 json_t *parse_json_object(const char *directory, const char *name, const char *text, size_t bytes, Failure *failure);
