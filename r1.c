@@ -701,8 +701,11 @@ static bool explain_foreign_model(const char *path, bool directory, const uint8_
     if (directory) {
         char config[4096];
         snprintf(config, sizeof config, "%s/config.json", path);
+        int length = (int)strlen(path);
+        while (length > 1 && path[length - 1] == '/') length--;
         if (access(config, R_OK) == 0)
-            return fail(error, "%s: a Hugging Face directory, not an .r1 file; convert it first: r1-convert %s %.200s.r1", path, path, path);
+            return fail(error, "%s: a Hugging Face directory, not an .r1 file; convert it first: r1-convert %.*s %.*s.r1", path, length, path,
+                        (int)min_size((size_t)length, 200), path);
         return fail(error, "%s: a directory, not an .r1 file", path);
     }
     if (size >= 4 && memcmp(bytes, "GGUF", 4) == 0)

@@ -249,11 +249,12 @@ static bool open_shard(Checkpoint *checkpoint, const char *file, const json_t *w
     if (!read_range(shard->descriptor, shard->path, 0, prefix, sizeof prefix, failure)) return false;
     uint64_t header_bytes = 0;
     for (int i = 7; i >= 0; i--) header_bytes = header_bytes << 8 | prefix[i];
+    if (memcmp(prefix, "version ", sizeof prefix) == 0) {   // how git-lfs begins the small text that stands for a large file
+        return fail(failure, "%s: a git-lfs pointer, not the weights; with git-lfs installed, \"git -C %s lfs pull\" downloads them",
+                    shard->path, checkpoint->directory);
+    }
     if (header_bytes > shard->bytes - sizeof prefix || header_bytes > HEADER_MAX_BYTES) {
-        return fail(failure,
-                    "%s: its header claims %llu bytes, in a file of %llu: truncated, or no safetensors file (a git-lfs "
-                    "pointer?)",
-                    shard->path, (unsigned long long)header_bytes, (unsigned long long)shard->bytes);
+        return fail(failure, "%s: its header claims %llu bytes, in a file of %llu: truncated, or no safetensors file", shard->path, (unsigned long long)header_bytes, (unsigned long long)shard->bytes);
     }
     char *text = malloc((size_t)header_bytes + 1);
     if (!text) {
