@@ -254,7 +254,8 @@ static bool open_shard(Checkpoint *checkpoint, const char *file, const json_t *w
                     shard->path, checkpoint->directory);
     }
     if (header_bytes > shard->bytes - sizeof prefix || header_bytes > HEADER_MAX_BYTES) {
-        return fail(failure, "%s: its header claims %llu bytes, in a file of %llu: truncated, or no safetensors file", shard->path, (unsigned long long)header_bytes, (unsigned long long)shard->bytes);
+        return fail(failure, "%s: its header claims %llu bytes, in a file of %llu: truncated, or no safetensors file",
+                    shard->path, (unsigned long long)header_bytes, (unsigned long long)shard->bytes);
     }
     char *text = malloc((size_t)header_bytes + 1);
     if (!text) {

@@ -50,7 +50,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct Model *model = model_from_memory(bytes, whole, "fuzz", error);
     if (!model && !error[0]) abort();
     if (model) {
-        if (model->has_weights && model->config.num_hidden_layers <= 4) run_model(model);
+        // Running takes much longer than loading: one of eight.
+        if (model->has_weights && model->config.num_hidden_layers <= 4 && XXH3_64bits(data, size) % 8 == 0) run_model(model);
         model_close(model);
     }
     free(bytes);

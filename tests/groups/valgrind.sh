@@ -1,12 +1,13 @@
 # One case per command and per parser under valgrind, with one thread, on the portable and the AVX2 kernels (valgrind knows no
 # AVX-512). Not part of `make test`: `make valgrind`.
 
-# clean NAME COMMAND...: no errors, nothing lost.
+# clean NAME COMMAND...: no errors, nothing lost. Standard input is $input.
+input=/dev/null
 clean() {
     local name=$1
     shift
     timeout 900 valgrind --quiet --error-exitcode=77 --leak-check=full --errors-for-leak-kinds=definite --num-callers=20 "$@" \
-        >"$scratch/said" 2>"$scratch/error" </dev/null
+        >"$scratch/said" 2>"$scratch/error" <"$input"
     local status=$?
     if [ $status = 77 ] || [ $status -ge 124 ] || grep -q '^==' "$scratch/error"; then fail "$name" "status $status: $(brief "$scratch/error")"
     else ok "$name"; fi
@@ -22,8 +23,14 @@ clean "inspect a short file" "$r1" inspect "$scratch/short.r1"
 clean "inspect --verify" "$r1" inspect "$small" --verify
 clean "inspect --json" "$r1" inspect demo --json
 clean "tokenize" "$r1" tokenize demo "Hello, wörld! 123"
-clean "tokenize --chat" bash -c "echo '[{\"role\": \"user\", \"content\": \"hi\"}]' | '$r1' tokenize demo --chat"
-clean "tokenize --decode" bash -c "echo 5 6 7 | '$r1' tokenize demo --decode"
+input=$scratch/input
+echo '[{"role": "user", "content": "hi"}]' >"$input"
+clean "tokenize --chat" "$r1" tokenize demo --chat
+echo 5 6 7 >"$input"
+clean "tokenize --decode" "$r1" tokenize demo --decode
+printf '68c3\n\nff\n' >"$input"
+clean "tokenize --hex --markup" "$r1" tokenize demo --hex --markup
+input=/dev/null
 echo "1 + 1 = 2, 2 + 2 = 4." >"$scratch/text"
 awk '{ for (i = 1; i <= 40; i++) printf "%s ", $i; print "" }' "$(prompt r1_fp8)" >"$scratch/valgrind.ids"
 for isa in $(runnable_isas | grep -E '^(portable|avx2)$'); do
