@@ -778,6 +778,8 @@ struct Kernels {
     // Quantises a row: for each 256 columns scale = max|x| / 127 and the nearest integers, and the sums of each 32.
     // cols is a multiple of 32. Not-a-number in x gives numbers out, never undefined behaviour.
     void (*quantize_row)(const float *x, size_t cols, int8_t *quants, float *scales, int32_t *sums);
+    // rotate_columns() of format.h.
+    void (*rotate_columns)(const float *x, size_t n, float *out);
     // Sum of x[i] * y[i].
     float (*dot)(const float *x, const float *y, size_t n);
     // scores[j] = dot(q, rows[j]) for `count` rows of `cols` floats, row_stride floats apart.
@@ -793,6 +795,11 @@ struct Kernels {
     void (*float_to_half)(const float *x, uint16_t *half, size_t n);
     // out[i] = scale * quants[i].
     void (*int8_to_float)(const int8_t *quants, float scale, float *out, size_t n);
+    // What `r1 bench` measures the processor's limits with: reads `count` bytes (a multiple of 256) and makes one number of
+    // them; multiplies and adds int8 numbers that stand in registers, macs_per_round of them in a round.
+    uint64_t (*read_probe)(const uint8_t *bytes, size_t count);
+    void (*multiply_probe)(uint64_t rounds);
+    double macs_per_round;
 };
 
 // ---- number formats
@@ -985,6 +992,8 @@ INLINE void quantize_row_body(const float *x, size_t cols, int8_t *quants, float
     }
 }
 
+INLINE void rotate_columns_body(const float *x, size_t n, float *out) { rotate_columns(x, n, out); }
+
 INLINE float dot_body(const float *x, const float *y, size_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -1033,11 +1042,37 @@ INLINE void int8_to_float_body(const int8_t *quants, float scale, float *out, si
     for (size_t i = 0; i < n; i++) out[i] = scale * (float)quants[i];
 }
 
+typedef uint64_t WideVector __attribute__((vector_size(64), may_alias));
+
+INLINE uint64_t read_probe_body(const uint8_t *bytes, size_t count) {
+    WideVector a = {0}, b = {0}, c = {0}, d = {0};
+    for (size_t i = 0; i < count; i += 256) {
+        const WideVector *at = (const WideVector *)(const void *)(bytes + i);
+        a ^= at[0], b ^= at[1], c ^= at[2], d ^= at[3];
+    }
+    a ^= b ^ c ^ d;
+    return a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
+}
+
+// What a compiler makes of plain C.
+#define PORTABLE_PROBE_MACS 1024
+static void multiply_probe_portable(uint64_t rounds) {
+    static const int8_t zeros[PORTABLE_PROBE_MACS];
+    for (; rounds; rounds--) {
+        int32_t sum = 0;
+        const int8_t *x = zeros;
+        __asm__ volatile("" : "+r"(x));   // so that no round is left out, nor its result
+        for (size_t i = 0; i < PORTABLE_PROBE_MACS; i++) sum += x[i] * x[PORTABLE_PROBE_MACS - 1 - i];
+        __asm__ volatile("" : : "r"(sum));
+    }
+}
+
 static const struct Kernels portable_kernels = {
     .name = "portable",
     .product = {[DTYPE_F32] = product_f32, [DTYPE_BF16] = product_bf16, [DTYPE_F8] = product_f8, [DTYPE_Q8] = product_q8,
                 [DTYPE_Q4] = product_q4},
     .quantize_row = quantize_row_body,
+    .rotate_columns = rotate_columns_body,
     .dot = dot_body,
     .score_rows = score_rows_body,
     .mix_rows = mix_rows_body,
@@ -1046,6 +1081,9 @@ static const struct Kernels portable_kernels = {
     .half_to_float = half_to_float_body,
     .float_to_half = float_to_half_body,
     .int8_to_float = int8_to_float_body,
+    .read_probe = read_probe_body,
+    .multiply_probe = multiply_probe_portable,
+    .macs_per_round = PORTABLE_PROBE_MACS,
 };
 
 #if defined(__x86_64__) && __has_include("kernels/avx2.h")
@@ -1408,6 +1446,13 @@ static void read_row(const struct Matrix *m, size_t row, float *out) {
             }
         }
         block = w + value_bytes(m->dtype, length);
+        if (m->dtype < DTYPE_Q8) continue;
+        for (size_t k = 0, width; k < length; k += width) {
+            float turned_back[K_BLOCK];
+            width = rotation_width(length - k);
+            rotate_columns_back(out + first + k, width, turned_back);
+            memcpy(out + first + k, turned_back, width * sizeof *out);
+        }
     }
 }
 
@@ -1544,12 +1589,20 @@ static void rms_norm(const struct Session *s, const float *x, const float *weigh
     for (size_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
-// Fills in the quantised form of a row whose values are there.
+// Fills in the quantised form of a row whose values are there, in rotated columns as format.h tells.
 static void quantize_activations(const struct Session *s, const struct Activations *a, size_t row, size_t cols) {
     if (!s->integer_weights) return;
-    const struct Row *r = &a->rows[row];
-    size_t at = (size_t)(r->values - a->values);
-    s->kernels->quantize_row(r->values, cols, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP);
+    const float *values = a->rows[row].values;
+    size_t at = (size_t)(values - a->values);
+    for (size_t first = 0; first < cols; first += K_BLOCK, at += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        _Alignas(64) float rotated[K_BLOCK];
+        for (size_t k = 0, width; k < length; k += width) {
+            width = rotation_width(length - k);
+            s->kernels->rotate_columns(values + first + k, width, rotated + k);
+        }
+        s->kernels->quantize_row(rotated, length, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP);
+    }
 }
 
 static void norm_input(struct Session *s, size_t t, const float *x, const float *weight) {
@@ -2362,7 +2415,7 @@ static uint32_t sample_token(struct Sampler *sampler, const float *logits) {
 
 // A list of whole numbers, as --prefill 128,512 gives it.
 struct CountList {
-    uint64_t *values;
+    uint64_t values[4096];
     size_t count;
     bool all;                     // the word "all" instead of numbers
 };
@@ -2388,7 +2441,7 @@ struct Command {
     struct CountList logits, experts;
     bool argmax;
     struct CountList prefill, depth;
-    uint64_t decode, layers;
+    uint64_t decode, layers;      // layers: 0 for all of the shape
     bool uniform;
     bool markup, decode_ids, hex, chat, ids_only;
     bool verify;
@@ -2537,16 +2590,16 @@ static bool parse_count(const char *text, size_t length, uint64_t *value) {
 }
 
 static void parse_counts(const struct Command *command, const struct Option *option, const char *text, struct CountList *list) {
-    free(list->values);
-    *list = (struct CountList){.all = option->kind == OPTION_COUNTS_OR_ALL && strcmp(text, "all") == 0};
-    if (list->all) return;
-    list->values = allocate((strlen(text) / 2 + 1) * sizeof *list->values);
-    for (const char *item = text;; item++) {
+    const size_t most = sizeof list->values / sizeof *list->values;
+    list->count = 0;
+    list->all = option->kind == OPTION_COUNTS_OR_ALL && strcmp(text, "all") == 0;
+    for (const char *item = text; !list->all; item++) {
         size_t length = strcspn(item, ",");
         uint64_t value;
         if (!parse_count(item, length, &value) || (double)value < option->least || (double)value > option->most)
             wrong_usage(command, "--%s: '%.*s' is not a whole number from %.0f to %.0f", option->name, (int)min_size(length, 40), item,
                         option->least, option->most);
+        if (list->count == most) wrong_usage(command, "--%s: more than %zu numbers", option->name, most);
         list->values[list->count++] = value;
         item += length;
         if (!*item) return;
@@ -2712,13 +2765,27 @@ static void end_progress(const struct Command *command) {
     progress_shown = false;
 }
 
-// Hands on what standard output has buffered. A reader that has seen enough and closed the pipe (`| head`) ends the program
-// quietly, with status 0.
+// Standard output takes no more. A reader that has seen enough and closed the pipe (`| head`) ends the program quietly.
+static _Noreturn void end_output(int reason) {
+    if (reason == EPIPE) _exit(0);
+    die("standard output: %s", reason ? strerror(reason) : "a write failed");
+}
+
+// Hands on what standard output has buffered.
 static void flush_output(void) {
     errno = 0;
-    if (fflush(stdout) == 0 && !ferror(stdout)) return;
-    if (errno == EPIPE) _exit(0);
-    die("standard output: %s", errno ? strerror(errno) : "a write failed");
+    if (fflush(stdout) != 0 || ferror(stdout)) end_output(errno);
+}
+
+// A string for a JSON object, which must be UTF-8; a file's name need not be, and then gets a '?' for each strange byte.
+static json_t *json_text(const char *text) {
+    json_t *string = json_string(text);
+    if (string) return string;
+    char ascii[256];
+    snprintf(ascii, sizeof ascii, "%s", text);
+    for (char *c = ascii; *c; c++)
+        if (*c & 0x80) *c = '?';
+    return json_string(ascii);
 }
 
 static void print_json(json_t *object) {
@@ -2726,6 +2793,15 @@ static void print_json(json_t *object) {
     json_decref(object);
     putchar('\n');
     flush_output();
+}
+
+// A list that has room for one more item than it holds; items may move.
+static void *grow(void *items, size_t count, size_t *capacity, size_t item_bytes) {
+    if (count < *capacity) return items;
+    *capacity = max_size(64, 2 * *capacity);
+    items = realloc(items, *capacity * item_bytes);
+    if (!items) die("out of memory: %zu MB more were needed", *capacity * item_bytes >> 20);
+    return items;
 }
 
 // The whole of a file, a zero behind it; "-" is standard input.
@@ -2738,10 +2814,7 @@ static char *read_file(const char *path, size_t *bytes) {
     *bytes = 0;
     for (size_t got; (got = fread(text + *bytes, 1, capacity - 1 - *bytes, file)) > 0;) {
         *bytes += got;
-        if (capacity - 1 - *bytes) continue;
-        char *larger = realloc(text, capacity *= 2);
-        if (!larger) die("%s: out of memory: %zu MB more were needed", is_input ? "standard input" : path, capacity >> 20);
-        text = larger;
+        text = grow(text, *bytes + 1, &capacity, 1);
     }
     if (ferror(file)) die("%s: %s", is_input ? "standard input" : path, strerror(errno));
     if (!is_input) fclose(file);
@@ -2750,19 +2823,13 @@ static char *read_file(const char *path, size_t *bytes) {
 }
 
 static void push_id(TokenList *list, uint32_t id) {
-    if (list->count == list->capacity) {
-        list->capacity = max_size(64, 2 * list->capacity);
-        list->ids = realloc(list->ids, list->capacity * sizeof *list->ids);
-        if (!list->ids) die("out of memory: %zu MB more were needed", list->capacity * sizeof *list->ids >> 20);
-    }
+    list->ids = grow(list->ids, list->count, &list->capacity, sizeof *list->ids);
     list->ids[list->count++] = id;
 }
 
-// Appends the ids that a text names, separated by white space; each must be below `limit`. Complaints name the source, the
-// line where it is not 0, and count the ids from 1.
-static void parse_ids(const char *text, size_t bytes, uint64_t limit, const char *source, size_t line, TokenList *out) {
-    char place[48] = "";
-    if (line) snprintf(place, sizeof place, "line %zu, ", line);
+// Appends the ids that a text names, separated by white space; each must be below `limit`. Complaints name the place that
+// the text comes from and count its ids from 1.
+static void parse_ids(const char *text, size_t bytes, uint64_t limit, const char *place, TokenList *out) {
     size_t at = 0, number = 0;
     for (;;) {
         while (at < bytes && isspace((unsigned char)text[at])) at++;
@@ -2771,14 +2838,19 @@ static void parse_ids(const char *text, size_t bytes, uint64_t limit, const char
         while (at < bytes && !isspace((unsigned char)text[at])) at++;
         number++;
         uint64_t id;
-        int shown = (int)min_size(at - start, 40);
         if (!parse_count(text + start, at - start, &id))
-            die("%s: %sid %zu: '%.*s' is not a whole number", source, place, number, shown, text + start);
+            die("%s: id %zu: '%.*s' is not a whole number", place, number, (int)min_size(at - start, 40), text + start);
         if (id >= limit)
-            die("%s: %sid %zu: %" PRIu64 " is beyond the vocabulary, whose ids are 0 to %" PRIu64, source, place, number, id, limit - 1);
+            die("%s: id %zu: %" PRIu64 " is beyond the vocabulary, whose ids are 0 to %" PRIu64, place, number, id, limit - 1);
         push_id(out, (uint32_t)id);
     }
 }
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
 // ====================================================================================================================
 // Known shapes and synthetic models
 //
@@ -2871,11 +2943,7 @@ static uint32_t recipe_dtype(const struct Layout *layout, enum Role role) {
 // Adds a tensor of `count` blobs [rows, cols], or of feed-forward networks: gate and up [rows, cols], down [cols, rows].
 static void add_tensor(struct Layout *layout, enum Role role, bool feed_forward, size_t count, size_t rows, size_t cols,
                        const char *format, size_t layer) {
-    if (layout->count == layout->capacity) {
-        layout->capacity = layout->capacity ? 2 * layout->capacity : 256;
-        layout->entries = realloc(layout->entries, layout->capacity * sizeof *layout->entries);
-        if (!layout->entries) die("out of memory");
-    }
+    layout->entries = grow(layout->entries, layout->count, &layout->capacity, sizeof *layout->entries);
     struct TensorEntry *entry = &layout->entries[layout->count++];
     *entry = (struct TensorEntry){.parts = feed_forward ? 3 : 1, .is_vector = role == ROLE_VECTOR, .experts = count};
     snprintf(entry->name, sizeof entry->name, format, layer);
@@ -2969,93 +3037,66 @@ static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bo
 
 // ---- filling the memory
 
-#define PATTERN_BYTES ((size_t)1 << 20)
-#define PATTERN_TAIL ((size_t)K_BLOCK * PANEL_ROWS * 4)   // the longest piece that is copied out at once
 #define SYNTHETIC_DEVIATION 0.02f // standard deviation of the weights: about what trained ones have
 
-// Random values of each dtype, from which pieces are copied at random places: as fast as memory is written.
+// Which bits of a random word are kept and which are set to make weights of it: floats of +-2^-6 to 2^-5; E4M3 numbers of
+// +-2 to 448, as almost all real ones are (a block's largest is 448), and never not-a-number; int8 without -128.
+static const struct { uint64_t kept, set; } random_weights[DTYPE_COUNT] = {
+    [DTYPE_F32] = {0x807fffff807fffff, 0x3c8000003c800000}, [DTYPE_BF16] = {0x807f807f807f807f, 0x3c803c803c803c80},
+    [DTYPE_F8] = {0xfefefefefefefefe, 0x4040404040404040}, [DTYPE_Q8] = {UINT64_MAX, 0x0101010101010101}, [DTYPE_Q4] = {UINT64_MAX, 0}};
+
 struct Filling {
     const struct Team *team;
     const struct Model *model;
-    uint8_t *patterns[DTYPE_COUNT];
 };
 
-static uint32_t random_bits(uint64_t *state) { return (uint32_t)(draw_uniform(state) * 0x1p32); }
+// Xorshift (Marsaglia 2003): fast, and good enough for weights. The state is never 0.
+INLINE uint64_t random_word(uint64_t *state) {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    return *state ^= *state << 17;
+}
 
-static uint8_t *make_pattern(uint32_t dtype) {
-    uint8_t *pattern = allocate(PATTERN_BYTES + PATTERN_TAIL);
-    uint64_t state = dtype;
-    for (size_t i = 0; i < PATTERN_BYTES + PATTERN_TAIL; i += 4) {
-        uint32_t bits = random_bits(&state);
-        uint8_t bytes[4];
-        if (dtype <= DTYPE_BF16) {
-            // Evenly in +-sqrt(3) deviations. A bf16 pair takes this float's upper half twice.
-            float value = ((float)bits * 0x1p-31f - 1.0f) * 1.7320508f * SYNTHETIC_DEVIATION;
-            bits = bits_from_float(value);
-            if (dtype == DTYPE_BF16) bits = (bits >> 16) | (bits & 0xffff0000);
-        }
-        memcpy(bytes, &bits, 4);
-        for (size_t j = 0; j < 4; j++) {
-            // 2 to 448, as almost all real ones are (a block's largest is 448), and never not-a-number.
-            if (dtype == DTYPE_F8 && ((bytes[j] |= 0x40) & 0x7f) == 0x7f) bytes[j] ^= 1;
-            if (dtype == DTYPE_Q8 && bytes[j] == 0x80) bytes[j] = 0x81;          // -128
-        }
-        memcpy(pattern + i, bytes, 4);
-    }
-    return pattern;
+static void fill_floats(void *out, size_t bytes, float value) {
+    for (size_t i = 0; i < bytes / sizeof value; i++) memcpy((uint8_t *)out + i * sizeof value, &value, sizeof value);
 }
 
 // Fills one panel. The scales undo the deviation of evenly distributed codes: 142 for f8, 73 for q8, 67 for q4's table.
-static void fill_panel(uint8_t *panel, uint32_t dtype, size_t cols, const uint8_t *pattern, uint64_t *random) {
-    float *panel_head = (float *)(void *)panel;
-    for (size_t i = 0; i < panel_head_bytes(dtype) / 4; i++) panel_head[i] = SYNTHETIC_DEVIATION / (67.0f * 96.0f);
+static void fill_panel(uint8_t *panel, uint32_t dtype, size_t cols, uint64_t *random) {
+    fill_floats(panel, panel_head_bytes(dtype), SYNTHETIC_DEVIATION / (67.0f * 96.0f));
     uint8_t *block = panel + panel_head_bytes(dtype);
     for (size_t first = 0; first < cols; first += K_BLOCK) {
-        size_t length = min_size(K_BLOCK, cols - first), head = block_head_bytes(dtype, length), values = value_bytes(dtype, length);
-        const uint8_t *source = pattern + random_bits(random) % (PATTERN_BYTES / 64) * 64;
-        float *scales = (float *)(void *)block;
-        switch (dtype) {
-        case DTYPE_F8: for (size_t i = 0; i < head / 4; i++) scales[i] = i < K_BLOCK / K_GROUP ? SYNTHETIC_DEVIATION / 142.0f : 0; break;
-        case DTYPE_Q8: for (size_t i = 0; i < head / 4; i++) scales[i] = SYNTHETIC_DEVIATION / 73.0f; break;
-        case DTYPE_Q4: for (size_t i = 0; i < head; i++) block[i] = 0x40 | (source[i] & 0x3f); break;   // 64 to 127
-        default: break;
+        size_t length = min_size(K_BLOCK, cols - first), head = block_head_bytes(dtype, length), end = head + value_bytes(dtype, length);
+        if (dtype == DTYPE_Q4) memset(block, 96, head);
+        else fill_floats(block, head, SYNTHETIC_DEVIATION / (dtype == DTYPE_F8 ? 142.0f : 73.0f));
+        for (size_t i = head; i < end; i += 8) {
+            uint64_t word = (random_word(random) & random_weights[dtype].kept) | random_weights[dtype].set;
+            memcpy(block + i, &word, sizeof word);
         }
-        memcpy(block + head, source, values);
-        block += head + values;
+        block += end;
     }
 }
 
 static void fill_weights(void *argument, int thread) {
     const struct Filling *filling = argument;
-    uint64_t random = (uint64_t)thread << 32;
+    uint64_t random = (uint64_t)thread + 1;
     for (size_t i = 0; i < filling->model->entry_count; i++) {
         const struct TensorEntry *entry = &filling->model->entries[i];
         uint8_t *data = (uint8_t *)(uintptr_t)filling->model->bytes + entry->offset;
-        if (entry->is_vector) {
-            // Norms scale by one; biases are small.
-            float value = strstr(entry->name, "bias") ? SYNTHETIC_DEVIATION : 1.0f;
-            for (size_t k = 0; thread == 0 && k < entry->cols[0]; k++) ((float *)(void *)data)[k] = value;
+        if (entry->is_vector) {       // norms scale by one, biases are small
+            if (thread == 0) fill_floats(data, entry->bytes, strstr(entry->name, "bias") ? SYNTHETIC_DEVIATION : 1.0f);
             continue;
         }
         for (uint64_t blob = 0; blob < entry->experts; blob++)
             for (unsigned part = 0; part < entry->parts; part++) {
-                uint32_t dtype = entry->dtype[part];
                 uint8_t *matrix = data + blob * entry->stride + part_offset(entry, part);
-                uint64_t bytes = panel_bytes(dtype, entry->cols[part]);
+                uint64_t bytes = panel_bytes(entry->dtype[part], entry->cols[part]);
                 // The share that this thread reads when it decodes: the page comes from memory near its processor.
                 size_t panel, end;
                 static_share(filling->team, thread, ceil_div(entry->rows[part], PANEL_ROWS), &panel, &end);
-                for (; panel < end; panel++)
-                    fill_panel(matrix + panel * bytes, dtype, entry->cols[part], filling->patterns[dtype], &random);
+                for (; panel < end; panel++) fill_panel(matrix + panel * bytes, entry->dtype[part], entry->cols[part], &random);
             }
     }
-}
-
-static void fill_model(struct Team *team, const struct Model *model) {
-    struct Filling filling = {.team = team, .model = model};
-    for (uint32_t dtype = DTYPE_F32; dtype < DTYPE_COUNT; dtype++) filling.patterns[dtype] = make_pattern(dtype);
-    team_run(team, fill_weights, &filling);
-    for (uint32_t dtype = DTYPE_F32; dtype < DTYPE_COUNT; dtype++) free(filling.patterns[dtype]);
 }
 
 // ====================================================================================================================
@@ -3070,178 +3111,60 @@ static void fill_model(struct Team *team, const struct Model *model) {
 #define PROBE_BYTES ((uint64_t)2 << 30)
 
 struct Machine {
-    double read_gb_s;             // 10^9 bytes a second, from huge pages
+    double read_gb_s;             // 10^9 bytes a second, from huge pages; 0 if there was no memory for it
     double int8_gmac_s;           // 10^9 int8 multiply-adds a second, operands in registers
 };
 
-typedef uint64_t WideVector __attribute__((vector_size(64), may_alias));
-
-INLINE uint64_t read_memory_body(const uint8_t *bytes, size_t count) {
-    WideVector a = {0}, b = {0}, c = {0}, d = {0};
-    for (size_t i = 0; i < count; i += 256) {
-        const WideVector *at = (const WideVector *)(const void *)(bytes + i);
-        a ^= at[0], b ^= at[1], c ^= at[2], d ^= at[3];
-    }
-    a ^= b ^ c ^ d;
-    return a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
-}
-static uint64_t read_memory_portable(const uint8_t *bytes, size_t count) { return read_memory_body(bytes, count); }
-#ifdef __x86_64__
-__attribute__((target("avx2"))) static uint64_t read_memory_avx2(const uint8_t *bytes, size_t count) { return read_memory_body(bytes, count); }
-__attribute__((target("avx512f"))) static uint64_t read_memory_avx512(const uint8_t *bytes, size_t count) { return read_memory_body(bytes, count); }
-#endif
-
-struct ReadProbe {
-    const struct Team *team;
-    uint64_t (*read)(const uint8_t *bytes, size_t count);
+struct Probe {
+    struct Team *team;
+    const struct Kernels *kernels;
     uint8_t *bytes;
     size_t count;
+    uint64_t rounds;
+    enum { PROBE_TOUCH, PROBE_READ, PROBE_MULTIPLY } what;
     atomic_uint_fast64_t result;  // of no meaning; keeps the compiler from dropping the reads
 };
 
-static void touch_share(void *argument, int thread) {
-    struct ReadProbe *probe = argument;
+static void run_probe(void *argument, int thread) {
+    struct Probe *probe = argument;
     size_t first, end;
     static_share(probe->team, thread, probe->count / 4096, &first, &end);
-    memset(probe->bytes + first * 4096, 1, (end - first) * 4096);
+    uint8_t *share = probe->bytes + first * 4096;
+    size_t count = (end - first) * 4096;
+    if (probe->what == PROBE_TOUCH) memset(share, 1, count);
+    if (probe->what == PROBE_READ) atomic_fetch_add(&probe->result, probe->kernels->read_probe(share, count));
+    if (probe->what == PROBE_MULTIPLY) probe->kernels->multiply_probe(probe->rounds);
 }
 
-static void read_share(void *argument, int thread) {
-    struct ReadProbe *probe = argument;
-    size_t first, end;
-    static_share(probe->team, thread, probe->count / 4096, &first, &end);
-    atomic_fetch_add(&probe->result, probe->read(probe->bytes + first * 4096, (end - first) * 4096));
-}
-
-static double measure_read_bandwidth(struct Team *team) {
-    uint64_t available = available_memory();
-    struct ReadProbe probe = {.team = team, .read = read_memory_portable};
-    probe.count = (size_t)(available && available / 4 < PROBE_BYTES ? available / 4 : PROBE_BYTES) / 4096 * 4096;
-#ifdef __x86_64__
-    if (__builtin_cpu_supports("avx512f")) probe.read = read_memory_avx512;
-    else if (__builtin_cpu_supports("avx2")) probe.read = read_memory_avx2;
-#endif
-    probe.bytes = probe.count ? map_memory(probe.count) : NULL;
-    if (!probe.bytes) return 0;
-    team_run(team, touch_share, &probe);
+// Seconds that all threads take for it, the best of a few times.
+static double time_probe(struct Probe *probe) {
     double best = INFINITY, began = clock_seconds();
     for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++) {
         double start = clock_seconds();
-        team_run(team, read_share, &probe);
+        team_run(probe->team, run_probe, probe);
         best = fmin(best, clock_seconds() - start);
     }
-    munmap(probe.bytes, probe.count);
-    return (double)probe.count / best / 1e9;
-}
-
-// ---- multiply-adds: a loop of one instruction for each instruction set, on enough registers to hide its latency
-
-struct IntegerProbe {
-    const char *kernels;          // the kernel table that uses this instruction; NULL: any other
-    void (*run)(uint64_t rounds);
-    double macs;                  // multiply-adds of a round
-};
-
-#ifdef __x86_64__
-#define ACCUMULATORS(OP) OP(2) OP(3) OP(4) OP(5) OP(6) OP(7) OP(8) OP(9) OP(10) OP(11) OP(12) OP(13) OP(14) OP(15)
-#define CLOBBERED "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", \
-                  "xmm12", "xmm13", "xmm14", "xmm15"
-#define LOOP(body) __asm__ volatile("1:\n" body "dec %0\n jnz 1b\n vzeroupper\n" : "+r"(rounds) : : CLOBBERED)
-
-static void multiply_avx512(uint64_t rounds) {
-#define STEP(i) "vpdpbusd %%zmm0, %%zmm1, %%zmm" #i "\n"
-    LOOP(ACCUMULATORS(STEP));
-#undef STEP
-}
-
-static void multiply_avxvnni(uint64_t rounds) {
-#define STEP(i) "%{vex%} vpdpbusd %%ymm0, %%ymm1, %%ymm" #i "\n"
-    LOOP(ACCUMULATORS(STEP));
-#undef STEP
-}
-
-// Products of 8 bits, their sums of 16 and of 32: three instructions for 32 multiply-adds.
-static void multiply_avx2(uint64_t rounds) {
-#define STEP(t, i) "vpmaddubsw %%ymm0, %%ymm1, %%ymm" #t "\n vpmaddwd %%ymm2, %%ymm" #t ", %%ymm" #t "\n" \
-                   "vpaddd %%ymm" #t ", %%ymm" #i ", %%ymm" #i "\n"
-    LOOP(STEP(3, 9) STEP(4, 10) STEP(5, 11) STEP(6, 12) STEP(7, 13) STEP(8, 14));
-#undef STEP
-}
-#elif defined(__aarch64__)
-#ifdef __linux__
-#include <sys/auxv.h>
-static bool has_dot_product(void) { return getauxval(AT_HWCAP) >> 20 & 1; }   // HWCAP_ASIMDDP
-#else
-static bool has_dot_product(void) { return true; }
-#endif
-static void multiply_neon(uint64_t rounds) {
-#define STEP(i) "sdot v" #i ".4s, v0.16b, v1.16b\n"
-    __asm__ volatile(".arch_extension dotprod\n 1:\n"
-                     STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(16) STEP(17) STEP(18) STEP(19) STEP(20) STEP(21) STEP(22)
-                     STEP(23) STEP(24) STEP(25) "subs %0, %0, #1\n bne 1b\n"
-                     : "+r"(rounds) : : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19", "v20", "v21",
-                       "v22", "v23", "v24", "v25");
-#undef STEP
-}
-#endif
-
-// What a compiler makes of plain C.
-#define PORTABLE_PROBE_BYTES 1024
-static void multiply_portable(uint64_t rounds) {
-    static const int8_t zeros[PORTABLE_PROBE_BYTES];
-    for (; rounds; rounds--) {
-        int32_t sum = 0;
-        const int8_t *x = zeros;
-        __asm__ volatile("" : "+r"(x));   // so that no round is left out, nor its result
-        for (size_t i = 0; i < PORTABLE_PROBE_BYTES; i++) sum += x[i] * x[PORTABLE_PROBE_BYTES - 1 - i];
-        __asm__ volatile("" : : "r"(sum));
-    }
-}
-
-// The best instruction of the processor; that of the instruction set when --isa forced a lesser one. (AMX does not count:
-// no kernel uses it.)
-static struct IntegerProbe choose_integer_probe(const struct Kernels *kernels) {
-#if defined(__x86_64__)
-    static const struct IntegerProbe probes[] = {{"avx512", multiply_avx512, 14 * 64}, {"avxvnni", multiply_avxvnni, 14 * 32},
-                                                 {"avx2", multiply_avx2, 6 * 32}};
-    for (size_t i = 0; i < sizeof probes / sizeof *probes; i++)
-        if (strcmp(kernels->name, probes[i].kernels) == 0) return probes[i];
-    if (__builtin_cpu_supports("avx512vnni")) return probes[0];
-    if (choose_kernels(probes[1].kernels)) return probes[1];
-    if (__builtin_cpu_supports("avx2")) return probes[2];
-#elif defined(__aarch64__)
-    if (has_dot_product()) return (struct IntegerProbe){"neon", multiply_neon, 16 * 16};
-#endif
-    (void)kernels;
-    return (struct IntegerProbe){NULL, multiply_portable, PORTABLE_PROBE_BYTES};
-}
-
-struct IntegerRun {
-    struct IntegerProbe probe;
-    uint64_t rounds;
-};
-
-static void run_integer_probe(void *argument, int thread) {
-    (void)thread;
-    struct IntegerRun *run = argument;
-    run->probe.run(run->rounds);
-}
-
-static double measure_int8_rate(struct Team *team, const struct Kernels *kernels) {
-    struct IntegerRun run = {.probe = choose_integer_probe(kernels), .rounds = 1000};
-    double best = 0;
-    for (int pass = 0; pass < PROBE_PASSES;) {
-        double start = clock_seconds();
-        team_run(team, run_integer_probe, &run);
-        double seconds = clock_seconds() - start;
-        if (seconds < 0.02) {         // too short to be exact
-            run.rounds *= 2;
-            continue;
-        }
-        best = fmax(best, run.probe.macs * (double)run.rounds * team->threads / seconds / 1e9);
-        pass++;
-    }
     return best;
+}
+
+static struct Machine measure_machine(struct Team *team, const struct Kernels *kernels) {
+    uint64_t available = available_memory();
+    struct Machine machine = {0};
+    struct Probe probe = {.team = team, .kernels = kernels, .rounds = 1000};
+    probe.count = (size_t)(available && available / 4 < PROBE_BYTES ? available / 4 : PROBE_BYTES) / 4096 * 4096;
+    probe.bytes = probe.count ? map_memory(probe.count) : NULL;
+    if (probe.bytes) {
+        team_run(team, run_probe, &probe);
+        probe.what = PROBE_READ;
+        machine.read_gb_s = (double)probe.count / time_probe(&probe) / 1e9;
+        munmap(probe.bytes, probe.count);
+    }
+    double seconds;
+    probe.count = 0;
+    probe.what = PROBE_MULTIPLY;
+    while ((seconds = time_probe(&probe)) < 0.02) probe.rounds *= 2;   // shorter is not exact
+    machine.int8_gmac_s = kernels->macs_per_round * (double)probe.rounds * team->threads / seconds / 1e9;
+    return machine;
 }
 
 // ====================================================================================================================
@@ -3251,11 +3174,6 @@ static double measure_int8_rate(struct Team *team, const struct Kernels *kernels
 #define BENCH_REPETITIONS 3       // of a measurement; the median counts
 #define BENCH_SECONDS 20.0        // a measurement that has taken this long is not repeated
 #define BENCH_WARM_TOKENS 4
-
-struct Measurement {
-    size_t tokens, depth;
-    double tok_s, rate, fraction; // rate: GMAC/s of prefill, GB/s of decode
-};
 
 struct Bench {
     const struct Command *command;
@@ -3267,34 +3185,16 @@ struct Bench {
     uint32_t *tokens;             // pseudo-random, as many as the longest prefill and decode take
 };
 
-static int compare_doubles(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-// Bytes that a model and its session need, against what the machine has.
-static void check_memory(const struct Bench *bench, const struct SessionOptions *options) {
-    struct MemoryPlan plan = plan_memory(bench->model, options, (int)bench->command->threads);
-    uint64_t needed = plan.weights + plan.cache + plan.scratch, available = available_memory();
-    if (bench->synthetic && available && needed > available)
-        die("%s:%s does not fit in memory: it needs %.1f GB, %.1f GB are available; --layers N takes a slice", bench->model->name,
-            dtype_name(bench->model->config.recipe), (double)needed / 1e9, (double)available / 1e9);
-}
-
 // Opens or lays out the model; the weights of a synthetic one are filled in later.
 static void open_bench_model(struct Bench *bench) {
     const struct Command *command = bench->command;
     const char *text = command->arguments[0], *type_name;
     const struct Shape *shape = find_shape(text, &type_name);
     if (!shape) {
-        if (command->uniform || command->layers != NOT_GIVEN)
+        if (command->uniform || command->layers)
             wrong_usage(command, "--%s goes with a shape, %s is none", command->uniform ? "uniform" : "layers", text);
-        if (access(text, F_OK) != 0 && strcmp(text, "demo") != 0 && !strchr(text, '/')) {
-            char names[ERROR_BYTES] = "";
-            for (size_t i = 0, used = 0; i < SHAPE_COUNT; i++)
-                used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "", known_shapes[i].name);
-            die("%s: neither a file nor a known shape (%s)", text, names);
-        }
+        if (access(text, F_OK) != 0 && strcmp(text, "demo") != 0 && !strchr(text, '/'))
+            die("%s: neither a file nor a known shape (r1 bench --help lists the shapes)", text);
         double start = clock_seconds();
         bench->model = open_model(text, true);
         bench->load_s = clock_seconds() - start;
@@ -3304,12 +3204,18 @@ static void open_bench_model(struct Bench *bench) {
     for (uint32_t dtype = DTYPE_F32; type_name && dtype < DTYPE_COUNT; dtype++)
         if (strcmp(type_name, dtype_name(dtype)) == 0) type = dtype;
     if (!type) wrong_usage(command, "%s: unknown type \"%s\", expected f32, bf16, f8, q8 or q4", text, type_name);
-    if (command->layers != NOT_GIVEN && (command->layers < 1 || command->layers > shape->config.num_hidden_layers))
+    if (command->layers > shape->config.num_hidden_layers)
         wrong_usage(command, "--layers %" PRIu64 ": %s has 1 to %u", command->layers, shape->name, shape->config.num_hidden_layers);
     char error[ERROR_BYTES];
-    bench->model = model_of_shape(shape, type, command->uniform, command->layers == NOT_GIVEN ? 0 : (size_t)command->layers, error);
+    bench->model = model_of_shape(shape, type, command->uniform, command->layers, error);
     if (!bench->model) die("%s", error);
     bench->synthetic = true;
+}
+
+static uint64_t largest_count(const struct CountList *list) {
+    uint64_t largest = 0;
+    for (size_t i = 0; i < list->count; i++) largest = list->values[i] > largest ? list->values[i] : largest;
+    return largest;
 }
 
 // The session has room for the longest measurement. Every page of its cache is written: a page that was only ever read is
@@ -3318,87 +3224,72 @@ static void open_bench_model(struct Bench *bench) {
 static void open_bench_session(struct Bench *bench) {
     const struct Command *command = bench->command;
     const struct ModelConfig *c = &bench->model->config;
-    uint64_t longest = 0, depth = 0;
-    for (size_t i = 0; i < command->prefill.count; i++) longest = command->prefill.values[i] > longest ? command->prefill.values[i] : longest;
-    for (size_t i = 0; i < command->depth.count; i++) depth = command->depth.values[i] > depth ? command->depth.values[i] : depth;
-    uint64_t decoded = command->decode + BENCH_WARM_TOKENS, tokens = longest > decoded ? longest : decoded, most = c->max_position_embeddings;
+    uint64_t longest = largest_count(&command->prefill), depth = largest_count(&command->depth), most = c->max_position_embeddings;
+    uint64_t decoded = command->decode + BENCH_WARM_TOKENS, tokens = longest > decoded ? longest : decoded;
     if (tokens > most || depth > most - tokens)
         wrong_usage(command, "a depth of %" PRIu64 " and %" PRIu64 " tokens more go beyond the model's %" PRIu64 " positions", depth, tokens, most);
     size_t batch = min_size(micro_batch(command, bench->model), max_size((size_t)longest, 1));
     struct SessionOptions options = {.context = (size_t)(depth + tokens), .batch = batch, .logits_rows = 1, .cache = (enum CacheType)command->cache};
-    check_memory(bench, &options);
-    bench->machine.read_gb_s = measure_read_bandwidth(command->team);
-    bench->machine.int8_gmac_s = measure_int8_rate(command->team, command->kernels);
+    struct MemoryPlan plan = plan_memory(bench->model, &options, (int)command->threads);
+    uint64_t needed = plan.weights + plan.cache + plan.scratch, available = available_memory();
+    if (bench->synthetic && available && needed > available)
+        die("%s:%s does not fit in memory: it needs %.1f GB, %.1f GB are available; --layers N takes a slice", bench->model->name,
+            dtype_name(c->recipe), (double)needed / 1e9, (double)available / 1e9);
+    bench->machine = measure_machine(command->team, command->kernels);
     if (bench->synthetic) {
         double start = clock_seconds();
-        fill_model(command->team, bench->model);
+        team_run(command->team, fill_weights, &(struct Filling){command->team, bench->model});
         bench->load_s = clock_seconds() - start;
     }
     bench->session = open_session(command, bench->model, &options);
     memset(bench->session->cache, 0, c->num_hidden_layers * bench->session->cache_layer_bytes);
     bench->tokens = allocate((size_t)tokens * sizeof *bench->tokens);
     uint64_t random = 1;
-    for (size_t i = 0; i < tokens; i++) bench->tokens[i] = random_bits(&random) % c->vocab_size;
+    for (size_t i = 0; i < tokens; i++) bench->tokens[i] = (uint32_t)(random_word(&random) % c->vocab_size);
 }
 
-static void decode_tokens(const struct Bench *bench, size_t n) {
-    for (size_t i = 0; i < n; i++) forward(bench->session, bench->tokens + i, 1, LOGITS_LAST);
+// Seconds of evaluating `count` tokens behind `depth` others, in one prefill or one by one.
+static double time_once(const struct Bench *bench, bool decoding, size_t count, size_t depth) {
+    bench->session->position = depth;
+    double start = clock_seconds();
+    if (!decoding) prefill(bench->session, bench->tokens, count);
+    for (size_t i = 0; decoding && i < count; i++) forward(bench->session, bench->tokens + i, 1, LOGITS_LAST);
+    return clock_seconds() - start;
 }
 
-// Median seconds of evaluating `tokens` tokens behind `depth` others, in one prefill or one by one.
-static double time_tokens(const struct Bench *bench, size_t tokens, size_t depth, bool decoding) {
-    double seconds[BENCH_REPETITIONS], began = clock_seconds();
-    size_t count = 0;
-    // The first round of a prefill warms up; it counts only when it takes so long that there will be no other.
-    for (int round = decoding ? 1 : 0; round <= BENCH_REPETITIONS; round++) {
-        bench->session->position = depth;
-        if (decoding && round == 1) decode_tokens(bench, BENCH_WARM_TOKENS), bench->session->position = depth;
-        double start = clock_seconds();
-        if (decoding) decode_tokens(bench, tokens);
-        else prefill(bench->session, bench->tokens, tokens);
-        double end = clock_seconds();
-        if (round) seconds[count++] = end - start;
-        if (end - began > BENCH_SECONDS) {
-            if (!round) seconds[count++] = end - start;
-            break;
-        }
-    }
-    qsort(seconds, count, sizeof *seconds, compare_doubles);
-    return (seconds[count / 2] + seconds[(count - 1) / 2]) / 2;
+// The median of a few times.
+static double time_tokens(const struct Bench *bench, bool decoding, size_t count, size_t depth) {
+    double seconds[BENCH_REPETITIONS], spent = time_once(bench, decoding, decoding ? BENCH_WARM_TOKENS : count, depth);
+    if (!decoding && spent > BENCH_SECONDS) return spent;   // this was to warm up, but once is enough
+    size_t rounds = 0;
+    do {
+        seconds[rounds] = time_once(bench, decoding, count, depth);
+        spent += seconds[rounds++];
+    } while (rounds < BENCH_REPETITIONS && spent <= BENCH_SECONDS);
+    qsort(seconds, rounds, sizeof *seconds, compare_doubles);
+    return (seconds[rounds / 2] + seconds[(rounds - 1) / 2]) / 2;
 }
 
-static struct Measurement measure_prefill(const struct Bench *bench, size_t tokens, size_t depth) {
-    double seconds = time_tokens(bench, tokens, depth, false);
-    double head = (double)bench->model->head.rows * (double)bench->model->head.cols;   // once, for the last token
-    struct Measurement m = {.tokens = tokens, .depth = depth, .tok_s = (double)tokens / seconds};
-    m.rate = ((double)tokens * active_weights(bench->model) + head) / seconds / 1e9;
-    m.fraction = m.rate / bench->machine.int8_gmac_s;
-    return m;
-}
-
-static struct Measurement measure_decode(const struct Bench *bench, size_t tokens, size_t depth) {
-    double seconds = time_tokens(bench, tokens, depth, true);
-    struct Measurement m = {.tokens = tokens, .depth = depth, .tok_s = (double)tokens / seconds};
-    m.rate = m.tok_s * active_bytes(bench->model) / 1e9;
-    m.fraction = bench->machine.read_gb_s > 0 ? m.rate / bench->machine.read_gb_s : 0;
-    return m;
-}
-
-// Prints a row of the table, or adds it to the list of the JSON object.
-static void report_measurement(const struct Bench *bench, const struct Measurement *m, bool decoding, json_t *list) {
+// Measures, and prints a row of the table or adds it to the list of the JSON object.
+static void measure_tokens(const struct Bench *bench, bool decoding, size_t count, size_t depth, json_t *list) {
+    const struct Model *model = bench->model;
+    double seconds = time_tokens(bench, decoding, count, depth), speed = (double)count / seconds;
+    double head = (double)model->head.rows * (double)model->head.cols;   // multiplied once in a prefill, for the last token
+    double work = decoding ? (double)count * active_bytes(model) : (double)count * active_weights(model) + head;
+    double rate = work / seconds / 1e9, limit = decoding ? bench->machine.read_gb_s : bench->machine.int8_gmac_s;
+    double fraction = limit > 0 ? rate / limit : 0;
     if (bench->command->json) {
-        json_t *row = decoding ? json_pack("{s:I, s:f, s:f, s:f, s:f}", "depth", (json_int_t)m->depth, "tok_s", m->tok_s, "bytes_per_token",
-                                           active_bytes(bench->model), "gb_s", m->rate, "fraction", m->fraction)
-                               : json_pack("{s:I, s:I, s:f, s:f, s:f}", "tokens", (json_int_t)m->tokens, "depth", (json_int_t)m->depth,
-                                           "tok_s", m->tok_s, "gmac_s", m->rate, "fraction", m->fraction);
+        json_t *row = decoding ? json_pack("{s:I, s:f, s:f, s:f, s:f}", "depth", (json_int_t)depth, "tok_s", speed, "bytes_per_token",
+                                           active_bytes(model), "gb_s", rate, "fraction", fraction)
+                               : json_pack("{s:I, s:I, s:f, s:f, s:f}", "tokens", (json_int_t)count, "depth", (json_int_t)depth, "tok_s", speed,
+                                           "gmac_s", rate, "fraction", fraction);
         json_array_append_new(list, row);
         return;
     }
-    char bar[21];
-    for (int i = 0; i < 20; i++) bar[i] = m->fraction * 20 >= i + 0.5 ? '#' : '.';
-    bar[20] = 0;
-    printf("%-8s %7zu %8zu %10.2f  %8.1f %-6s  %s %5.1f %%\n", decoding ? "decode" : "prefill", m->tokens, m->depth, m->tok_s, m->rate,
-           decoding ? "GB/s" : "GMAC/s", bar, 100 * m->fraction);
+    char bar[21] = "....................";
+    for (int i = 0; i < 20 && fraction * 20 >= i + 0.5; i++) bar[i] = '#';
+    printf("%-8s %7zu %8zu %10.2f  %8.1f %-6s  %s %5.1f %%\n", decoding ? "decode" : "prefill", count, depth, speed, rate,
+           decoding ? "GB/s" : "GMAC/s", bar, 100 * fraction);
     flush_output();
 }
 
@@ -3414,35 +3305,23 @@ static void print_bench_head(const struct Bench *bench) {
     flush_output();
 }
 
-// A model's name for a JSON object, whose strings must be UTF-8; a path need not be.
-static json_t *json_name(const struct Model *model) {
-    json_t *name = json_string(model->name);
-    return name ? name : json_string("(not UTF-8)");
-}
-
 static int command_bench(struct Command *command) {
     struct Bench bench = {.command = command};
     open_bench_model(&bench);
     open_bench_session(&bench);
-    json_t *prefills = json_array(), *decodes = json_array();
     if (!command->json) print_bench_head(&bench);
+    json_t *prefills = json_array(), *decodes = json_array();
     for (size_t d = 0; d < command->depth.count; d++)
-        for (size_t p = 0; p < command->prefill.count; p++) {
-            if (!command->prefill.values[p]) continue;
-            struct Measurement m = measure_prefill(&bench, (size_t)command->prefill.values[p], (size_t)command->depth.values[d]);
-            report_measurement(&bench, &m, false, prefills);
-        }
-    for (size_t d = 0; command->decode && d < command->depth.count; d++) {
-        struct Measurement m = measure_decode(&bench, (size_t)command->decode, (size_t)command->depth.values[d]);
-        report_measurement(&bench, &m, true, decodes);
-    }
-    if (command->json)
-        print_json(json_pack("{s:o, s:s, s:s, s:I, s:{s:f, s:f}, s:f, s:o, s:o}", "model", json_name(bench.model), "type",
-                             dtype_name(bench.model->config.recipe), "isa", command->kernels->name, "threads", (json_int_t)command->threads,
-                             "machine", "read_gb_s", bench.machine.read_gb_s, "int8_gmac_s", bench.machine.int8_gmac_s, "load_s",
-                             bench.load_s, "prefill", prefills, "decode", decodes));
-    else
-        json_decref(prefills), json_decref(decodes);
+        for (size_t i = 0; i < command->prefill.count; i++)
+            if (command->prefill.values[i]) measure_tokens(&bench, false, command->prefill.values[i], command->depth.values[d], prefills);
+    for (size_t d = 0; d < command->depth.count && command->decode; d++)
+        measure_tokens(&bench, true, command->decode, command->depth.values[d], decodes);
+    json_t *object = json_pack("{s:o, s:s, s:s, s:I, s:{s:f, s:f}, s:f, s:o, s:o}", "model", json_text(bench.model->name), "type",
+                               dtype_name(bench.model->config.recipe), "isa", command->kernels->name, "threads", (json_int_t)command->threads,
+                               "machine", "read_gb_s", bench.machine.read_gb_s, "int8_gmac_s", bench.machine.int8_gmac_s, "load_s",
+                               bench.load_s, "prefill", prefills, "decode", decodes);
+    if (command->json) print_json(object);
+    else json_decref(object);
     free(bench.tokens);
     session_free(bench.session);
     const struct TensorEntry *own_entries = bench.synthetic ? bench.model->entries : NULL;
@@ -3465,7 +3344,6 @@ static int command_bench(struct Command *command) {
 
 #define PERPLEXITY_CONTEXT 2048   // default window of a text
 #define PERPLEXITY_BATCH 512      // default micro-batch: the logits of each of its tokens are kept
-#define BASE_MAGIC "r1.base\n"
 
 struct Window {                   // a piece of text evaluated by itself
     size_t start, count;          // its ids
@@ -3481,50 +3359,45 @@ struct Windows {
 
 // The file of --save-base: this header, then for each scored position, in order, the float log-probabilities of the vocabulary.
 struct BaseHeader {
-    char magic[8];
+    char magic[8];                // BASE_MAGIC
     uint32_t version, vocab_size;
     uint64_t positions;
     uint64_t hash;                // of the windows and their ids: both runs must score the same
 };
+#define BASE_MAGIC "r1.base\n"
 
-struct Score {                    // of one position
-    double nll, base_nll;         // -ln p of the token that followed
-    double kl;                    // KL(base || model)
-    bool same_top;                // base and model hold the same token for the most likely one
+// What is noted of each scored position; all but the first only against a base.
+enum Score {
+    SCORE_NLL,                    // -ln p of the token that followed
+    SCORE_LN_RATIO,               // the same less the base's
+    SCORE_KL,                     // KL(base || model)
+    SCORE_SAME_TOP,               // 1 if base and model hold the same token for the most likely one, else 0
+    SCORE_COUNT
 };
 
 struct Evaluation {
     const struct Command *command;
     const struct Windows *windows;
     struct Session *session;
-    struct Score *scores;         // [windows->scored]
-    // The files, and their rows of the micro-batch at hand: [batch][vocab]; NULL without
-    FILE *save, *base;
-    char *save_path;              // where it is written until it is whole
-    float *save_rows, *base_rows;
-    // The rows of the micro-batch at hand that are scored
-    const uint32_t *targets;      // the tokens that followed
-    size_t first_row, rows;
-    struct Score *row_scores;
+    double *scores[SCORE_COUNT];  // [windows->scored] each
+    size_t scored;                // positions so far
+    FILE *base;                   // that --kld reads or --save-base writes; NULL without
+    float *base_rows;             // [batch][vocab]: of the positions at hand
+    // The positions at hand
+    size_t rows;
+    const float *logits;          // [rows][vocab]
+    const uint32_t *targets;      // [rows]: the tokens that followed
 };
 
-static void *grow(void *items, size_t count, size_t *capacity, size_t size) {
-    if (count < *capacity) return items;
-    *capacity = *capacity ? 2 * *capacity : 64;
-    items = realloc(items, *capacity * size);
-    if (!items) die("out of memory");
-    return items;
-}
-
 // Cuts a sequence, of which ids from first_scored on are scored, into windows of at most `context` tokens.
-static void cut_windows(struct Windows *windows, const uint32_t *ids, size_t count, size_t first_scored, size_t context, uint32_t bos) {
+static void cut_windows(struct Windows *windows, const TokenList *ids, size_t first_scored, size_t context, uint32_t bos) {
     size_t lead = bos != TOKEN_NONE, step = context - lead;
-    for (size_t at = 0; at < count; at += step) {
-        struct Window window = {.start = windows->ids.count, .count = lead + min_size(step, count - at)};
+    for (size_t at = 0; at < ids->count; at += step) {
+        struct Window window = {.start = windows->ids.count, .count = lead + min_size(step, ids->count - at)};
         window.first_scored = max_size(1, lead + (first_scored > at ? first_scored - at : 0));
         if (window.first_scored >= window.count) continue;
         if (lead) push_id(&windows->ids, bos);
-        for (size_t i = 0; i < window.count - lead; i++) push_id(&windows->ids, ids[at + i]);
+        for (size_t i = 0; i < window.count - lead; i++) push_id(&windows->ids, ids->ids[at + i]);
         windows->items = grow(windows->items, windows->count, &windows->capacity, sizeof *windows->items);
         windows->items[windows->count++] = window;
         windows->scored += window.count - window.first_scored;
@@ -3532,56 +3405,46 @@ static void cut_windows(struct Windows *windows, const uint32_t *ids, size_t cou
     }
 }
 
-// The context of a run: -c, or `standard`, but never more positions than the model has.
+// Tokens of a window: -c, or `standard`, but never more positions than the model has.
 static size_t choose_window(const struct Command *command, const struct Model *model, size_t standard) {
     size_t most = model->config.max_position_embeddings;
     if (command->context == NOT_GIVEN) return max_size(min_size(standard, most), 2);
     if (command->context < 2) wrong_usage(command, "--context %" PRIu64 ": at least 2 tokens are needed", command->context);
     if (command->context > most) note(command, "the context is %zu tokens, all that the model has", most);
-    return max_size((size_t)(command->context < most ? command->context : most), 2);
+    return max_size(min_size(command->context, most), 2);
 }
 
 static void read_text_windows(const struct Command *command, const struct Model *model, struct Windows *windows) {
     const char *path = command->arguments[1];
-    size_t bytes;
+    size_t bytes, context = choose_window(command, model, PERPLEXITY_CONTEXT);
     char *text = read_file(path, &bytes), error[ERROR_BYTES];
     const TokenizerSpecials *specials = tokenizer_specials(model->tokenizer);
     TokenList ids = {0};
     if (!tokenizer_encode(model->tokenizer, text, bytes, false, &ids, error, sizeof error)) die("%s: %s", path, error);
+    cut_windows(windows, &ids, 0, context, specials->add_bos ? specials->bos : TOKEN_NONE);
     free(text);
-    cut_windows(windows, ids.ids, ids.count, 0, choose_window(command, model, PERPLEXITY_CONTEXT), specials->add_bos ? specials->bos : TOKEN_NONE);
     free(ids.ids);
     if (!windows->count) die("%s: no text to score: at least two tokens are needed", path);
 }
 
 static void read_ids_windows(const struct Command *command, const struct Model *model, struct Windows *windows) {
-    size_t bytes, count = 0, capacity = 0, longest = 0, line = 1;
-    char *text = read_file(command->ids, &bytes);
-    struct Window *sequences = NULL;
+    size_t bytes, line = 1, context = choose_window(command, model, SIZE_MAX);
+    char *text = read_file(command->ids, &bytes), place[ERROR_BYTES];
     TokenList ids = {0};
-    for (const char *at = text, *end = text + bytes; at < end; line++) {
+    for (const char *at = text, *end = text + bytes; at < end; at++, line++) {
         const char *line_end = memchr(at, '\n', (size_t)(end - at));
         if (!line_end) line_end = end;
         const char *bar = memchr(at, '|', (size_t)(line_end - at));
-        struct Window sequence = {.start = ids.count};
-        if (bar) {
-            parse_ids(at, (size_t)(bar - at), model->config.vocab_size, command->ids, line, &ids);
-            at = bar + 1;
-        }
-        sequence.first_scored = ids.count - sequence.start;
-        parse_ids(at, (size_t)(line_end - at), model->config.vocab_size, command->ids, line, &ids);
-        sequence.count = ids.count - sequence.start;
-        longest = max_size(longest, sequence.count);
-        sequences = grow(sequences, count, &capacity, sizeof *sequences);
-        sequences[count++] = sequence;
-        at = line_end < end ? line_end + 1 : end;
+        snprintf(place, sizeof place, "%s: line %zu", command->ids, line);
+        ids.count = 0;
+        if (bar) parse_ids(at, (size_t)(bar - at), model->config.vocab_size, place, &ids);
+        size_t first_scored = ids.count;
+        at = bar ? bar + 1 : at;
+        parse_ids(at, (size_t)(line_end - at), model->config.vocab_size, place, &ids);
+        cut_windows(windows, &ids, first_scored, context, TOKEN_NONE);
+        at = line_end;
     }
     free(text);
-    size_t context = choose_window(command, model, longest);
-    for (size_t i = 0; i < count; i++)
-        if (sequences[i].count)
-            cut_windows(windows, ids.ids + sequences[i].start, sequences[i].count, sequences[i].first_scored, context, TOKEN_NONE);
-    free(sequences);
     free(ids.ids);
     if (!windows->count) die("%s: no ids to score: at least two on one line are needed", command->ids);
 }
@@ -3603,37 +3466,19 @@ static FILE *open_base(const char *path, const struct BaseHeader *expected) {
     if (!file || fstat(fileno(file), &status) != 0) die("%s: %s", path, strerror(errno));
     if (fread(&header, sizeof header, 1, file) != 1 || memcmp(header.magic, BASE_MAGIC, sizeof header.magic) != 0 || header.version != 1)
         die("%s: not a file that --save-base wrote", path);
-    if (header.vocab_size != expected->vocab_size)
-        die("%s: of a model with a vocabulary of %u, this one has %u", path, header.vocab_size, expected->vocab_size);
-    if (header.positions != expected->positions || header.hash != expected->hash)
-        die("%s: of another text or another --context (%" PRIu64 " positions, here %" PRIu64 ")", path, header.positions, expected->positions);
+    if (memcmp(&header, expected, sizeof header) != 0)
+        die("%s: of another model, text or --context: %" PRIu64 " positions of a vocabulary of %u, here %" PRIu64 " of %u", path, header.positions,
+            header.vocab_size, expected->positions, expected->vocab_size);
     uint64_t bytes = sizeof header + header.positions * header.vocab_size * sizeof(float);
     if ((uint64_t)status.st_size != bytes) die("%s: %" PRIu64 " bytes, expected %" PRIu64, path, (uint64_t)status.st_size, bytes);
     return file;
 }
 
-static _Noreturn void die_saving(const struct Evaluation *e) {
-    int reason = errno;
-    remove(e->save_path);
-    die("%s: cannot be written: %s", e->command->save_base, strerror(reason));
-}
-
-// The file gets its name when it is whole.
-static void start_saving(struct Evaluation *e, const struct BaseHeader *header) {
-    struct stat status;
-    if (stat(e->command->save_base, &status) == 0 && !S_ISREG(status.st_mode)) die("%s: not a regular file", e->command->save_base);
-    size_t length = strlen(e->command->save_base) + sizeof ".partial";
-    e->save_path = allocate(length);
-    snprintf(e->save_path, length, "%s.partial", e->command->save_base);
-    e->save = fopen(e->save_path, "wb");
-    if (!e->save) die("%s: %s", e->save_path, strerror(errno));
-    if (fwrite(header, sizeof *header, 1, e->save) != 1) die_saving(e);
-}
-
-static void finish_saving(struct Evaluation *e) {
-    if (fflush(e->save) != 0 || fsync(fileno(e->save)) != 0 || fclose(e->save) != 0 || rename(e->save_path, e->command->save_base) != 0)
-        die_saving(e);
-    free(e->save_path);
+// A file that is left unfinished is too short for its header, which open_base() notices.
+static FILE *create_base(const char *path, const struct BaseHeader *header) {
+    FILE *file = fopen(path, "wb");
+    if (!file || fwrite(header, sizeof *header, 1, file) != 1) die("%s: cannot be written: %s", path, strerror(errno));
+    return file;
 }
 
 // ---- scoring
@@ -3676,20 +3521,17 @@ static double kl_divergence(const float *base, const float *logits, float log_to
 }
 
 static void score_row(const struct Evaluation *e, size_t row) {
-    size_t vocab = e->session->model->config.vocab_size;
-    const float *logits = e->session->logits + (e->first_row + row) * vocab;
-    uint32_t target = e->targets[row];
+    size_t vocab = e->session->model->config.vocab_size, at = e->scored + row;
+    const float *logits = e->logits + row * vocab;
+    float *base = e->base_rows + row * vocab;
     double log_total = log_sum_exp(logits, vocab);
-    struct Score *score = &e->row_scores[row];
-    score->nll = log_total - (double)logits[target];
-    if (e->save)
-        for (size_t i = 0; i < vocab; i++) e->save_rows[row * vocab + i] = logits[i] - (float)log_total;
-    if (e->base) {
-        const float *base = e->base_rows + row * vocab;
-        score->base_nll = -(double)base[target];
-        score->kl = kl_divergence(base, logits, (float)log_total, vocab);
-        score->same_top = find_largest(base, vocab) == find_largest(logits, vocab);
-    }
+    e->scores[SCORE_NLL][at] = log_total - (double)logits[e->targets[row]];
+    if (e->command->save_base)
+        for (size_t i = 0; i < vocab; i++) base[i] = logits[i] - (float)log_total;
+    if (!e->command->kld) return;
+    e->scores[SCORE_LN_RATIO][at] = e->scores[SCORE_NLL][at] + (double)base[e->targets[row]];
+    e->scores[SCORE_KL][at] = kl_divergence(base, logits, (float)log_total, vocab);
+    e->scores[SCORE_SAME_TOP][at] = find_largest(base, vocab) == find_largest(logits, vocab);
 }
 
 static void score_rows_job(void *argument, int thread) {
@@ -3698,24 +3540,22 @@ static void score_rows_job(void *argument, int thread) {
     for (size_t row; (row = atomic_fetch_add_explicit(&e->session->team->next_item, 1, memory_order_relaxed)) < e->rows;) score_row(e, row);
 }
 
-// Scores the rows that evaluate_window() has set out, and reads and writes the files' rows of them.
-static void score_batch(struct Evaluation *e) {
-    size_t vocab = e->session->model->config.vocab_size;
-    if (e->base && fread(e->base_rows, sizeof(float) * vocab, e->rows, e->base) != e->rows)
-        die("%s: cannot be read: %s", e->command->kld, ferror(e->base) ? strerror(errno) : "it ends early");
+// Scores the positions at hand, and reads or writes the base's rows of them.
+static void score_positions(struct Evaluation *e) {
+    const struct Command *command = e->command;
+    size_t row_bytes = e->session->model->config.vocab_size * sizeof(float);
+    if (command->kld && fread(e->base_rows, row_bytes, e->rows, e->base) != e->rows)
+        die("%s: cannot be read: %s", command->kld, ferror(e->base) ? strerror(errno) : "it ends early");
     team_run(e->session->team, score_rows_job, e);
-    for (size_t row = 0; row < e->rows; row++) {
-        const struct Score *score = &e->row_scores[row];
-        bool finite = isfinite(score->nll), sound = !e->base || (isfinite(score->kl) && isfinite(score->base_nll));
-        if (finite && sound) continue;
-        if (e->save) remove(e->save_path);
-        if (!finite)
+    for (size_t end = e->scored + e->rows; e->scored < end; e->scored++) {
+        if (!isfinite(e->scores[SCORE_NLL][e->scored]))
             die("%s: logits that are not finite at scored position %zu; look at the file with `r1 inspect MODEL --verify`",
-                e->session->model->name, (size_t)(score - e->scores));
-        die("%s: damaged: no log-probabilities at scored position %zu", e->command->kld, (size_t)(score - e->scores));
+                e->session->model->name, e->scored);
+        if (command->kld && !(isfinite(e->scores[SCORE_KL][e->scored]) && isfinite(e->scores[SCORE_LN_RATIO][e->scored])))
+            die("%s: damaged: no log-probabilities at scored position %zu", command->kld, e->scored);
     }
-    if (e->save && fwrite(e->save_rows, sizeof(float) * vocab, e->rows, e->save) != e->rows) die_saving(e);
-    e->row_scores += e->rows;
+    if (command->save_base && fwrite(e->base_rows, row_bytes, e->rows, e->base) != e->rows)
+        die("%s: cannot be written: %s", command->save_base, strerror(errno));
 }
 
 // Row t of the logits foretells token t + 1, so the last token need not be evaluated.
@@ -3729,40 +3569,33 @@ static void evaluate_window(struct Evaluation *e, const struct Window *window) {
         bool scored = first < at + n;
         forward(e->session, ids + at, n, scored ? LOGITS_ALL : LOGITS_NONE);
         if (!scored) continue;
-        e->first_row = first - at;
+        e->logits = e->session->logits + (first - at) * e->session->model->config.vocab_size;
         e->rows = at + n - first;
         e->targets = ids + first + 1;
-        score_batch(e);
+        score_positions(e);
     }
 }
 
 static void evaluate(struct Evaluation *e, const struct Model *model) {
     const struct Command *command = e->command;
-    size_t vocab = model->config.vocab_size, tokens = 0, done = 0;
-    size_t batch = command->batch == NOT_GIVEN ? PERPLEXITY_BATCH : micro_batch(command, model);
-    batch = min_size(batch, e->windows->longest);
-    struct SessionOptions options = {.context = e->windows->longest, .batch = batch, .logits_rows = batch, .cache = (enum CacheType)command->cache};
-    struct BaseHeader header = base_header(e->windows, vocab);
+    const struct Windows *windows = e->windows;
+    size_t vocab = model->config.vocab_size, done = 0;
+    size_t batch = min_size(command->batch == NOT_GIVEN ? PERPLEXITY_BATCH : command->batch, windows->longest);
+    struct SessionOptions options = {.context = windows->longest, .batch = batch, .logits_rows = batch, .cache = (enum CacheType)command->cache};
+    struct BaseHeader header = base_header(windows, vocab);
     if (command->kld) e->base = open_base(command->kld, &header);
     e->session = open_session(command, model, &options);
-    e->scores = allocate(e->windows->scored * sizeof *e->scores);
-    e->row_scores = e->scores;
-    if (e->base) e->base_rows = allocate(batch * vocab * sizeof *e->base_rows);
-    if (command->save_base) {
-        e->save_rows = allocate(batch * vocab * sizeof *e->save_rows);
-        start_saving(e, &header);
-    }
-    for (size_t i = 0; i < e->windows->count; i++) tokens += e->windows->items[i].count;
+    if (command->save_base) e->base = create_base(command->save_base, &header);
+    e->base_rows = allocate(e->base ? batch * vocab * sizeof *e->base_rows : 0);
+    for (int score = 0; score < (command->kld ? SCORE_COUNT : 1); score++) e->scores[score] = allocate(windows->scored * sizeof(double));
     double started = clock_seconds();
-    for (size_t i = 0; i < e->windows->count; i++) {
-        evaluate_window(e, &e->windows->items[i]);
-        done += e->windows->items[i].count;
-        show_progress(command, "perplexity", (double)done, (double)tokens, started);
+    for (size_t i = 0; i < windows->count; i++) {
+        evaluate_window(e, &windows->items[i]);
+        done += windows->items[i].count;
+        show_progress(command, "perplexity", (double)done, (double)windows->ids.count, started);
     }
     end_progress(command);
-    if (e->save) finish_saving(e);
-    if (e->base) fclose(e->base);
-    free(e->save_rows);
+    if (e->base && fclose(e->base) != 0 && command->save_base) die("%s: cannot be written: %s", command->save_base, strerror(errno));
     free(e->base_rows);
     session_free(e->session);
 }
@@ -3771,88 +3604,76 @@ static void evaluate(struct Evaluation *e, const struct Model *model) {
 
 struct Summary {
     double mean, error;           // of the mean: one standard error
-    double median, p90, p99, p999, largest;
+    double percentiles[5];        // the median, 90 %, 99 %, 99.9 %, the largest
 };
 
-// The value below which a part of the sorted values lies, between two of them in proportion.
-static double percentile(const double *sorted, size_t n, double part) {
-    double place = part * (double)(n - 1);
-    size_t below = (size_t)place;
-    return below + 1 < n ? sorted[below] + (place - (double)below) * (sorted[below + 1] - sorted[below]) : sorted[n - 1];
-}
-
-// Sorts the values.
+// Sorts the values. A percentile lies between two of them in proportion.
 static struct Summary summarize(double *values, size_t n) {
+    static const double parts[] = {0.5, 0.9, 0.99, 0.999, 1};
     struct Summary s = {0};
     double squares = 0;
     for (size_t i = 0; i < n; i++) s.mean += values[i] / (double)n;
     for (size_t i = 0; i < n; i++) squares += (values[i] - s.mean) * (values[i] - s.mean);
     s.error = n > 1 ? sqrt(squares / (double)(n - 1) / (double)n) : 0;
     qsort(values, n, sizeof *values, compare_doubles);
-    s.median = percentile(values, n, 0.5);
-    s.p90 = percentile(values, n, 0.9);
-    s.p99 = percentile(values, n, 0.99);
-    s.p999 = percentile(values, n, 0.999);
-    s.largest = values[n - 1];
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        double place = parts[i] * (double)(n - 1);
+        size_t below = (size_t)place, above = min_size(below + 1, n - 1);
+        s.percentiles[i] = values[below] + (place - (double)below) * (values[above] - values[below]);
+    }
     return s;
 }
 
-// The divergence from the base, printed or added to the JSON object. `values` has room for n.
-static void report_divergence(const struct Evaluation *e, size_t n, double *values, json_t *object) {
-    size_t same = 0;
-    for (size_t i = 0; i < n; i++) values[i] = e->scores[i].nll - e->scores[i].base_nll, same += e->scores[i].same_top;
-    struct Summary ratio = summarize(values, n);
-    for (size_t i = 0; i < n; i++) values[i] = e->scores[i].kl;
-    struct Summary kl = summarize(values, n);
-    double agreement = (double)same / (double)n;
-    if (object) {
-        json_object_set_new(object, "kl", json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "mean", kl.mean, "mean_error", kl.error, "median",
-                                                    kl.median, "p90", kl.p90, "p99", kl.p99, "p99.9", kl.p999, "max", kl.largest));
-        json_object_set_new(object, "top1_agreement", json_real(agreement));
-        json_object_set_new(object, "ln_ppl_ratio", json_pack("{s:f, s:f}", "mean", ratio.mean, "mean_error", ratio.error));
-        return;
-    }
-    printf("KL divergence from %s: mean %.6g +- %.2g, median %.4g, 90 %% %.4g, 99 %% %.4g, 99.9 %% %.4g, max %.4g\n", e->command->kld, kl.mean,
-           kl.error, kl.median, kl.p90, kl.p99, kl.p999, kl.largest);
-    printf("same most likely token: %.2f %% of the positions\n", 100 * agreement);
-    printf("ln(perplexity / base perplexity): %.6f +- %.6f\n", ratio.mean, ratio.error);
+static void report_text(const struct Evaluation *e, const struct Summary *s) {
+    double perplexity = exp(s[SCORE_NLL].mean);
+    printf("perplexity %.4f +- %.4f (mean -ln p %.5f +- %.5f, %zu positions in %zu windows)\n", perplexity, perplexity * s[SCORE_NLL].error,
+           s[SCORE_NLL].mean, s[SCORE_NLL].error, e->windows->scored, e->windows->count);
+    if (!e->command->kld) return;
+    const struct Summary *kl = &s[SCORE_KL];
+    printf("KL divergence from %s: mean %.6g +- %.2g, median %.4g, 90 %% %.4g, 99 %% %.4g, 99.9 %% %.4g, max %.4g\n", e->command->kld, kl->mean,
+           kl->error, kl->percentiles[0], kl->percentiles[1], kl->percentiles[2], kl->percentiles[3], kl->percentiles[4]);
+    printf("same most likely token: %.2f %% of the positions\n", 100 * s[SCORE_SAME_TOP].mean);
+    printf("ln(perplexity / base perplexity): %.6f +- %.6f\n", s[SCORE_LN_RATIO].mean, s[SCORE_LN_RATIO].error);
 }
 
-static void report_perplexity(const struct Evaluation *e, const struct Model *model) {
-    size_t n = e->windows->scored;
-    double *values = allocate(n * sizeof *values);
-    for (size_t i = 0; i < n; i++) values[i] = e->scores[i].nll;
-    struct Summary nll = summarize(values, n);
-    double perplexity = exp(nll.mean), error = perplexity * nll.error;   // to first order
-    json_t *object = NULL;
-    if (e->command->json)
-        object = json_pack("{s:o, s:s, s:s, s:I, s:I, s:f, s:f, s:f, s:f}", "model", json_name(model), "type", dtype_name(model->config.recipe),
-                           "kv", cache_names[e->command->cache], "windows", (json_int_t)e->windows->count, "positions", (json_int_t)n, "nll",
-                           nll.mean, "nll_error", nll.error, "perplexity", perplexity, "perplexity_error", error);
-    else
-        printf("perplexity %.4f +- %.4f (mean -ln p %.5f +- %.5f, %zu positions in %zu windows)\n", perplexity, error, nll.mean, nll.error, n,
-               e->windows->count);
-    if (e->command->kld) report_divergence(e, n, values, object);
-    if (object) print_json(object);
-    free(values);
+static void report_json(const struct Evaluation *e, const struct Summary *s, const struct Model *model) {
+    double perplexity = exp(s[SCORE_NLL].mean);
+    json_t *object = json_pack("{s:o, s:s, s:s, s:I, s:I, s:f, s:f, s:f, s:f}", "model", json_text(model->name), "type",
+                               dtype_name(model->config.recipe), "kv", cache_names[e->command->cache], "windows",
+                               (json_int_t)e->windows->count, "positions", (json_int_t)e->windows->scored, "nll", s[SCORE_NLL].mean,
+                               "nll_error", s[SCORE_NLL].error, "perplexity", perplexity, "perplexity_error", perplexity * s[SCORE_NLL].error);
+    const struct Summary *kl = &s[SCORE_KL];
+    if (e->command->kld)
+        json_object_update_new(object, json_pack("{s:{s:f, s:f, s:f, s:f, s:f, s:f, s:f}, s:f, s:{s:f, s:f}}", "kl", "mean", kl->mean,
+            "mean_error", kl->error, "median", kl->percentiles[0], "p90", kl->percentiles[1], "p99", kl->percentiles[2], "p99.9",
+            kl->percentiles[3], "max", kl->percentiles[4],
+            "top1_agreement", s[SCORE_SAME_TOP].mean, "ln_ppl_ratio", "mean", s[SCORE_LN_RATIO].mean, "mean_error", s[SCORE_LN_RATIO].error));
+    print_json(object);
 }
 
 static int command_perplexity(struct Command *command) {
-    const char *text = command->argument_count > 1 ? command->arguments[1] : NULL;
+    const char *text = command->arguments[1];
     if (!text == !command->ids) wrong_usage(command, "expected either a text file or --ids FILE");
+    if (command->save_base && command->kld) wrong_usage(command, "--save-base does not go with --kld");
     struct Model *model = open_model(command->arguments[0], true);
     struct Windows windows = {0};
     if (text) read_text_windows(command, model, &windows);
     else read_ids_windows(command, model, &windows);
     struct Evaluation evaluation = {.command = command, .windows = &windows};
     evaluate(&evaluation, model);
-    report_perplexity(&evaluation, model);
-    free(evaluation.scores);
+    struct Summary summaries[SCORE_COUNT] = {0};
+    for (int score = 0; score < (command->kld ? SCORE_COUNT : 1); score++) {
+        summaries[score] = summarize(evaluation.scores[score], windows.scored);
+        free(evaluation.scores[score]);
+    }
+    if (command->json) report_json(&evaluation, summaries, model);
+    else report_text(&evaluation, summaries);
     free(windows.items);
     free(windows.ids.ids);
     model_close(model);
     return 0;
 }
+
 // ====================================================================================================================
 // Generation: thinking, then the answer
 //
@@ -4096,16 +3917,12 @@ static struct SessionOptions choose_session(const struct Generation *g) {
     // A model larger than memory is read from disk as it runs; an eighth of the memory may hold its cache all the same.
     uint64_t room = available / 8;
     if (available > g->model->size && available - g->model->size > room) room = available - g->model->size;
-    size_t wanted = chosen.context, fits = least, too_much = wanted + 1;
-    while (too_much - fits > 1) {
-        chosen.context = fits + (too_much - fits) / 2;
-        struct MemoryPlan plan = plan_memory(g->model, &chosen, command->team->threads);
-        if (plan.cache + plan.scratch <= room) fits = chosen.context;
-        else too_much = chosen.context;
-    }
-    chosen.context = fits;
-    if (fits < wanted)
-        note(command, "the context is %zu tokens instead of %zu: that is what fits into %s of memory", fits, wanted, BYTES(available));
+    size_t wanted = chosen.context;
+    struct MemoryPlan plan = plan_memory(g->model, &chosen, command->team->threads);
+    for (; plan.cache + plan.scratch > room && chosen.context > least; plan = plan_memory(g->model, &chosen, command->team->threads))
+        chosen.context = max_size(chosen.context - ceil_div(chosen.context, 32), least);
+    if (chosen.context < wanted)
+        note(command, "the context is %zu tokens instead of %zu: that is what fits into %s of memory", chosen.context, wanted, BYTES(available));
     return chosen;
 }
 
@@ -4262,33 +4079,14 @@ static int command_run(struct Command *command) {
 
 // ---- tokenize
 
-// Where a text came from, for messages: a line of standard input, or the argument (line 0).
-struct TextSource {
-    const char *name;
-    size_t line;
-};
-
-static _Noreturn __attribute__((format(printf, 2, 3))) void reject_text(const struct TextSource *source, const char *format, ...) {
-    char reason[ERROR_BYTES];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(reason, sizeof reason, format, args);
-    va_end(args);
-    if (source->line) die("%s: line %zu: %s", source->name, source->line, reason);
-    die("%s: %s", source->name, reason);
-}
+// In the functions below `place` says where a text came from, for messages.
 
 // Turns hexadecimal digits into the bytes they name, in place; returns how many.
-static size_t decode_hex(const struct TextSource *source, char *text, size_t bytes) {
-    if (bytes % 2) reject_text(source, "an odd number of hexadecimal digits");
+static size_t decode_hex(const char *place, char *text, size_t bytes) {
+    if (bytes % 2) die("%s: an odd number of hexadecimal digits", place);
     for (size_t i = 0; i < bytes; i++)
-        if (!isxdigit((unsigned char)text[i])) reject_text(source, "character %zu is no hexadecimal digit", i + 1);
-    for (size_t i = 0; i < bytes; i += 2) {
-        unsigned value;
-        char pair[3] = {text[i], text[i + 1], 0};
-        sscanf(pair, "%2x", &value);
-        text[i / 2] = (char)value;
-    }
+        if (!isxdigit((unsigned char)text[i])) die("%s: character %zu is no hexadecimal digit", place, i + 1);
+    for (size_t i = 0; i < bytes; i += 2) text[i / 2] = (char)strtoul((const char[]){text[i], text[i + 1], 0}, NULL, 16);
     return bytes / 2;
 }
 
@@ -4324,28 +4122,28 @@ static void print_tokens(const struct Command *command, const struct Model *mode
 }
 
 // A JSON array of {"role", "content"} into the prompt's ids.
-static void encode_chat_json(const struct TextSource *source, const struct Model *model, const char *text, size_t bytes, TokenList *out) {
+static void encode_chat_json(const char *place, const struct Model *model, const char *text, size_t bytes, TokenList *out) {
     json_error_t json_error;
     json_t *array = json_loadb(text, bytes, JSON_ALLOW_NUL, &json_error);
-    if (!array) reject_text(source, "not JSON: %s", json_error.text);
-    if (!json_is_array(array)) reject_text(source, "not an array of messages");
+    if (!array) die("%s: not JSON: %s", place, json_error.text);
+    if (!json_is_array(array)) die("%s: not an array of messages", place);
     size_t count = json_array_size(array);
     ChatMessage *messages = allocate(count * sizeof *messages);
     for (size_t i = 0; i < count; i++) {
         const json_t *entry = json_array_get(array, i), *role = json_object_get(entry, "role"), *content = json_object_get(entry, "content");
-        if (!json_is_string(role) || !json_is_string(content)) reject_text(source, "message %zu has no \"role\" and \"content\" of text", i + 1);
+        if (!json_is_string(role) || !json_is_string(content)) die("%s: message %zu has no \"role\" and \"content\" of text", place, i + 1);
         messages[i] = (ChatMessage){json_string_value(role), json_string_value(content), json_string_length(content)};
     }
     char error[ERROR_BYTES];
-    if (!tokenizer_encode_chat(model->tokenizer, messages, count, out, error, sizeof error)) reject_text(source, "%s", error);
+    if (!tokenizer_encode_chat(model->tokenizer, messages, count, out, error, sizeof error)) die("%s: %s", place, error);
     free(messages);
     json_decref(array);
 }
 
-static void print_decoded(const struct Command *command, const struct TextSource *source, const struct Model *model, const TokenList *tokens) {
+static void print_decoded(const struct Command *command, const char *place, const struct Model *model, const TokenList *tokens) {
     size_t bytes;
     for (size_t i = 0; i < tokens->count; i++)
-        if (!tokenizer_piece(model->tokenizer, tokens->ids[i], &bytes)) reject_text(source, "id %zu: %" PRIu32 " has no token", i + 1, tokens->ids[i]);
+        if (!tokenizer_piece(model->tokenizer, tokens->ids[i], &bytes)) die("%s: id %zu: %" PRIu32 " has no token", place, i + 1, tokens->ids[i]);
     for (size_t i = 0; i < tokens->count; i++) {
         const char *piece = tokenizer_piece(model->tokenizer, tokens->ids[i], &bytes);
         if (!command->hex) fwrite(piece, 1, bytes, stdout);
@@ -4354,17 +4152,17 @@ static void print_decoded(const struct Command *command, const struct TextSource
 }
 
 // One text, which may be changed, and its line of output.
-static void tokenize_text(const struct Command *command, const struct TextSource *source, const struct Model *model, char *text, size_t bytes) {
+static void tokenize_text(const struct Command *command, const char *place, const struct Model *model, char *text, size_t bytes) {
     TokenList tokens = {0};
     char error[ERROR_BYTES];
-    if (command->hex && !command->decode_ids) bytes = decode_hex(source, text, bytes);
+    if (command->hex && !command->decode_ids) bytes = decode_hex(place, text, bytes);
     if (command->decode_ids) {
         uint64_t vocabulary = max_size(model->config.vocab_size, tokenizer_size(model->tokenizer));
-        parse_ids(text, bytes, vocabulary, source->name, source->line, &tokens);
-        print_decoded(command, source, model, &tokens);
+        parse_ids(text, bytes, vocabulary, place, &tokens);
+        print_decoded(command, place, model, &tokens);
     } else if (bytes) {
-        if (command->chat) encode_chat_json(source, model, text, bytes, &tokens);
-        else if (!tokenizer_encode(model->tokenizer, text, bytes, command->markup, &tokens, error, sizeof error)) reject_text(source, "%s", error);
+        if (command->chat) encode_chat_json(place, model, text, bytes, &tokens);
+        else if (!tokenizer_encode(model->tokenizer, text, bytes, command->markup, &tokens, error, sizeof error)) die("%s: %s", place, error);
         print_tokens(command, model, &tokens);
     }
     putchar('\n');
@@ -4381,16 +4179,15 @@ static int command_tokenize(struct Command *command) {
     if (command->arguments[1]) {
         char *text = strdup(command->arguments[1]);
         if (!text) die("out of memory");
-        tokenize_text(command, &(struct TextSource){"TEXT", 0}, model, text, strlen(text));
+        tokenize_text(command, "TEXT", model, text, strlen(text));
         free(text);
     } else {
-        struct TextSource source = {"standard input", 0};
-        char *line = NULL;
-        size_t capacity = 0;
+        char *line = NULL, place[64];
+        size_t capacity = 0, number = 0;
         for (ssize_t bytes; (bytes = getline(&line, &capacity, stdin)) >= 0;) {
-            source.line++;
+            snprintf(place, sizeof place, "standard input: line %zu", ++number);
             if (bytes && line[bytes - 1] == '\n') bytes--;
-            tokenize_text(command, &source, model, line, (size_t)bytes);
+            tokenize_text(command, place, model, line, (size_t)bytes);
         }
         if (ferror(stdin)) die("standard input: %s", strerror(errno));
         free(line);
@@ -4401,123 +4198,88 @@ static int command_tokenize(struct Command *command) {
 
 // ---- logits
 
-// What is kept of each position of the sequence until it is printed.
-struct Trace {
-    const struct Command *command;
-    const struct Model *model;
-    size_t length;                // of the sequence
-    uint32_t *argmax;             // [length]
-    size_t *logits_row;           // [length] 1 + row in logits, 0: not wanted
-    float *logits;                // [wanted][vocab]
-    size_t *experts_row;          // [length] 1 + row in expert_ids, 0: not wanted
-    uint32_t *expert_ids;         // [wanted][layers][experts per token]
-    float *expert_weights;        // same shape
+// Lines that are printed only when the whole sequence is known, since others come before them.
+struct Lines {
+    FILE *file;                   // writes to text
+    char *text;
+    size_t bytes;
 };
 
-// Numbers the wanted positions in order; returns how many there are. row is [length] and zero.
-static size_t mark_positions(const struct Trace *trace, const char *option, const struct CountList *wanted, size_t *row) {
-    for (size_t i = 0; i < wanted->count; i++) {
-        if (wanted->values[i] >= trace->length)
-            die("--%s: position %" PRIu64 " is beyond the sequence of %zu tokens, whose positions are 0 to %zu", option, wanted->values[i],
-                trace->length, trace->length - 1);
-        row[wanted->values[i]] = 1;
-    }
-    size_t count = 0;
-    for (size_t position = 0; position < trace->length; position++)
-        if (row[position] || wanted->all) row[position] = ++count;
-    return count;
+struct Trace {
+    const struct Command *command;
+    struct Session *session;
+    size_t length;                // of the sequence
+    uint32_t *argmax;             // [length]
+    struct Lines logits;
+    struct Lines *experts;        // [layers]
+};
+
+static void open_lines(struct Lines *lines) {
+    lines->file = open_memstream(&lines->text, &lines->bytes);
+    if (!lines->file) die("out of memory");
 }
 
-static void trace_init(struct Trace *trace) {
-    const struct ModelConfig *c = &trace->model->config;
-    if (trace->command->experts.count && !c->n_routed_experts) die("%s: --experts: the model has no experts to choose from", trace->model->name);
-    trace->argmax = allocate(trace->length * sizeof *trace->argmax);
-    trace->logits_row = allocate(trace->length * sizeof *trace->logits_row);
-    trace->experts_row = allocate(trace->length * sizeof *trace->experts_row);
-    size_t logits = mark_positions(trace, "logits", &trace->command->logits, trace->logits_row);
-    size_t experts = mark_positions(trace, "experts", &trace->command->experts, trace->experts_row);
-    uint64_t available = available_memory(), needed = (uint64_t)logits * c->vocab_size * sizeof(float);
-    if (available && needed > available)
-        die("--logits: %zu positions of %u logits take %s of memory, %s are available", logits, c->vocab_size, BYTES(needed), BYTES(available));
-    trace->logits = allocate((size_t)needed);
-    size_t choices = experts * c->num_hidden_layers * c->num_experts_per_tok;
-    trace->expert_ids = allocate(choices * sizeof *trace->expert_ids);
-    trace->expert_weights = allocate(choices * sizeof *trace->expert_weights);
+static void print_lines(struct Lines *lines) {
+    if (ferror(lines->file) || fclose(lines->file) != 0) die("out of memory");
+    if (fwrite(lines->text, 1, lines->bytes, stdout) != lines->bytes) end_output(errno);
+    free(lines->text);
 }
 
-static void trace_free(struct Trace *trace) {
-    free(trace->argmax);
-    free(trace->logits_row);
-    free(trace->logits);
-    free(trace->experts_row);
-    free(trace->expert_ids);
-    free(trace->expert_weights);
+static bool contains_count(const struct CountList *list, uint64_t value) {
+    for (size_t i = 0; i < list->count; i++)
+        if (list->values[i] == value) return true;
+    return list->all;
 }
 
-// Evaluates the next n tokens of the sequence and keeps what is wanted of them. Returns the largest logit's id at the last.
-static uint32_t trace_tokens(struct Trace *trace, struct Session *session, const uint32_t *tokens, size_t n) {
-    const struct ModelConfig *c = &trace->model->config;
-    size_t vocab = c->vocab_size, per_token = c->num_experts_per_tok, batch = session->options.batch, first = session->position;
-    bool every = session->options.logits_rows >= n;
-    forward(session, tokens, n, every ? LOGITS_ALL : LOGITS_LAST);
-    for (size_t t = 0; t < n; t++) {
-        size_t position = first + t;
-        if (every || t + 1 == n) {
-            const float *logits = session->logits + (every ? t * vocab : 0);
-            trace->argmax[position] = find_largest(logits, vocab);
-            if (trace->logits_row[position]) memcpy(trace->logits + (trace->logits_row[position] - 1) * vocab, logits, vocab * sizeof *logits);
-        }
-        if (!trace->experts_row[position]) continue;
-        for (size_t layer = 0; layer < c->num_hidden_layers; layer++) {
-            size_t to = ((trace->experts_row[position] - 1) * c->num_hidden_layers + layer) * per_token, from = (layer * batch + t) * per_token;
-            memcpy(trace->expert_ids + to, session->expert_ids + from, per_token * sizeof *trace->expert_ids);
-            memcpy(trace->expert_weights + to, session->expert_weights + from, per_token * sizeof *trace->expert_weights);
-        }
-    }
-    return trace->argmax[session->position - 1];
+static void check_positions(const struct Trace *trace, const char *option, const struct CountList *positions) {
+    uint64_t last = largest_count(positions);
+    if (last >= trace->length)
+        die("--%s: position %" PRIu64 " is beyond the sequence of %zu tokens, whose positions are 0 to %zu", option, last, trace->length,
+            trace->length - 1);
 }
 
-// One layer's experts of a position, sorted by id.
-static void print_experts(const struct Trace *trace, size_t layer, size_t position) {
-    size_t count = trace->model->config.num_experts_per_tok;
-    size_t start = ((trace->experts_row[position] - 1) * trace->model->config.num_hidden_layers + layer) * count;
-    const uint32_t *ids = trace->expert_ids + start;
-    printf("experts %zu %zu %zu", layer, position, count);
-    for (uint64_t printed = 0, least = 0; printed < count; printed++) {
+// One layer's experts of token t of the micro-batch at hand, sorted by id.
+static void write_experts(const struct Trace *trace, size_t layer, size_t position, size_t t) {
+    const struct Session *session = trace->session;
+    size_t count = session->model->config.num_experts_per_tok, start = (layer * session->options.batch + t) * count;
+    const uint32_t *ids = session->expert_ids + start;
+    FILE *file = trace->experts[layer].file;
+    fprintf(file, "experts %zu %zu %zu", layer, position, count);
+    for (uint64_t written = 0, least = 0; written < count; written++) {
         size_t next = count;
         for (size_t i = 0; i < count; i++)
             if (ids[i] >= least && (next == count || ids[i] < ids[next])) next = i;
-        printf(" %" PRIu32 ":%.6g", ids[next], (double)trace->expert_weights[start + next]);
+        fprintf(file, " %" PRIu32 ":%.6g", ids[next], (double)session->expert_weights[start + next]);
         least = (uint64_t)ids[next] + 1;
     }
-    putchar('\n');
+    fputc('\n', file);
 }
 
-static void print_trace(const struct Trace *trace, const TokenList *sequence) {
-    size_t vocab = trace->model->config.vocab_size, greedy = trace->command->greedy;
-    if (greedy) {
-        printf("greedy %zu", greedy);
-        for (size_t i = trace->length - greedy; i < trace->length; i++) printf(" %" PRIu32, sequence->ids[i]);
-        putchar('\n');
+// Evaluates the next n tokens of the sequence and writes what is wanted of them. Returns the largest logit's id at the last.
+static uint32_t trace_tokens(struct Trace *trace, const uint32_t *tokens, size_t n) {
+    struct Session *session = trace->session;
+    const struct ModelConfig *c = &session->model->config;
+    size_t first = session->position;
+    bool every = session->options.logits_rows >= n;
+    forward(session, tokens, n, every ? LOGITS_ALL : LOGITS_LAST);
+    for (size_t t = every ? 0 : n - 1; t < n; t++) {
+        const float *logits = session->logits + (every ? t * c->vocab_size : 0);
+        trace->argmax[first + t] = find_largest(logits, c->vocab_size);
+        if (!contains_count(&trace->command->logits, first + t)) continue;
+        fprintf(trace->logits.file, "logits %zu", first + t);
+        for (size_t i = 0; i < c->vocab_size; i++) fprintf(trace->logits.file, " %.6g", (double)logits[i]);
+        fputc('\n', trace->logits.file);
     }
-    if (trace->command->argmax) {
-        printf("argmax %zu", trace->length);
-        for (size_t i = 0; i < trace->length; i++) printf(" %" PRIu32, trace->argmax[i]);
-        putchar('\n');
-    }
-    for (size_t position = 0; position < trace->length; position++) {
-        if (!trace->logits_row[position]) continue;
-        const float *logits = trace->logits + (trace->logits_row[position] - 1) * vocab;
-        printf("logits %zu", position);
-        for (size_t i = 0; i < vocab; i++) printf(" %.6g", (double)logits[i]);
-        putchar('\n');
-        flush_output();
-    }
-    for (size_t layer = 0; layer < trace->model->config.num_hidden_layers; layer++) {
-        if (!is_routed(&trace->model->config, layer)) continue;
-        for (size_t position = 0; position < trace->length; position++)
-            if (trace->experts_row[position]) print_experts(trace, layer, position);
-    }
+    for (size_t t = 0; t < n; t++)
+        for (size_t layer = 0; layer < c->num_hidden_layers; layer++)
+            if (is_routed(c, layer) && contains_count(&trace->command->experts, first + t)) write_experts(trace, layer, first + t, t);
+    return trace->argmax[first + n - 1];
+}
+
+static void print_ids(const char *what, const uint32_t *ids, size_t count) {
+    printf("%s %zu", what, count);
+    for (size_t i = 0; i < count; i++) printf(" %" PRIu32, ids[i]);
+    putchar('\n');
 }
 
 static int command_logits(struct Command *command) {
@@ -4526,30 +4288,40 @@ static int command_logits(struct Command *command) {
     if (!command->greedy && !command->argmax && !positions && !command->experts.count)
         wrong_usage(command, "nothing to print: give --greedy, --argmax, --logits or --experts");
     struct Model *model = open_model(command->arguments[0], true);
-    size_t bytes;
+    size_t bytes, layers = model->config.num_hidden_layers;
     char *text = read_file(command->ids, &bytes);
     TokenList sequence = {0};
-    parse_ids(text, bytes, model->config.vocab_size, command->ids, 0, &sequence);
+    parse_ids(text, bytes, model->config.vocab_size, command->ids, &sequence);
     free(text);
     if (!sequence.count) die("%s: no token ids in it", command->ids);
+    if (command->experts.count && !model->config.n_routed_experts) die("%s: --experts: the model has no experts to choose from", model->name);
 
-    struct Trace trace = {.command = command, .model = model, .length = sequence.count + command->greedy};
-    trace_init(&trace);
     size_t prompt = sequence.count, batch = min_size(micro_batch(command, model), prompt);
-    struct Session *session = open_session(command, model, &(struct SessionOptions){
+    struct Trace trace = {.command = command, .length = prompt + command->greedy};
+    check_positions(&trace, "logits", &command->logits);
+    check_positions(&trace, "experts", &command->experts);
+    trace.session = open_session(command, model, &(struct SessionOptions){
         .context = trace.length, .batch = batch, .logits_rows = command->argmax || positions ? batch : 1, .cache = (enum CacheType)command->cache});
+    trace.argmax = allocate(trace.length * sizeof *trace.argmax);
+    trace.experts = allocate(layers * sizeof *trace.experts);
+    open_lines(&trace.logits);
+    for (size_t layer = 0; layer < layers; layer++) open_lines(&trace.experts[layer]);
     uint32_t next = 0;
     double started = clock_seconds();
-    while (session->position < trace.length) {
-        size_t done = session->position, n = done < prompt ? min_size(batch, prompt - done) : 1;
+    for (size_t done = 0, n; done < trace.length; done += n) {
+        n = done < prompt ? min_size(batch, prompt - done) : 1;
         if (done >= prompt) push_id(&sequence, next);
-        next = trace_tokens(&trace, session, sequence.ids + done, n);
-        show_progress(command, "evaluating", (double)session->position, (double)trace.length, started);
+        next = trace_tokens(&trace, sequence.ids + done, n);
+        show_progress(command, "evaluating", (double)(done + n), (double)trace.length, started);
     }
     end_progress(command);
-    print_trace(&trace, &sequence);
-    session_free(session);
-    trace_free(&trace);
+    if (command->greedy) print_ids("greedy", sequence.ids + prompt, command->greedy);
+    if (command->argmax) print_ids("argmax", trace.argmax, trace.length);
+    print_lines(&trace.logits);
+    for (size_t layer = 0; layer < layers; layer++) print_lines(&trace.experts[layer]);
+    session_free(trace.session);
+    free(trace.argmax);
+    free(trace.experts);
     free(sequence.ids);
     model_close(model);
     return 0;
@@ -4565,11 +4337,12 @@ static const char *const group_names[] = {"embedding", "head", "norms and biases
 struct Census {
     struct {
         size_t tensors;
-        unsigned dtypes;          // bit d: a matrix of dtype d is among them
+        char types[64];           // of its matrices, a blank between two
         uint64_t weights, bytes;
     } groups[GROUP_COUNT];
-    uint64_t weights, bytes;      // of the main model, without the MTP layer
-    uint64_t active;              // weights that take part in a token: all but the experts that were not chosen
+    uint64_t weights;             // of the main model, without the MTP layer
+    uint64_t active;              // of these, those that take part in a token: all but the experts that were not chosen
+    double bits_per_weight;
 };
 
 static enum TensorGroup tensor_group(const struct Model *model, const char *name) {
@@ -4588,15 +4361,16 @@ static enum TensorGroup tensor_group(const struct Model *model, const char *name
 }
 
 static struct Census count_tensors(const struct Model *model) {
-    const struct ModelConfig *c = &model->config;
     struct Census census = {0};
+    unsigned types[GROUP_COUNT] = {0};   // bit d: a matrix of dtype d is in the group
+    uint64_t bytes = 0;
     for (size_t i = 0; i < model->entry_count; i++) {
         const struct TensorEntry *entry = &model->entries[i];
         enum TensorGroup group = tensor_group(model, entry->name);
         uint64_t weights = 0;
         for (unsigned part = 0; part < entry->parts; part++) {
             weights += entry->experts * entry->rows[part] * entry->cols[part];
-            census.groups[group].dtypes |= 1u << entry->dtype[part];
+            types[group] |= 1u << entry->dtype[part];
         }
         if (strstr(entry->name, "key_transposed")) weights = 0;   // kv_b_proj.key once more
         census.groups[group].tensors++;
@@ -4604,102 +4378,30 @@ static struct Census count_tensors(const struct Model *model) {
         census.groups[group].bytes += entry->bytes;
         if (group == GROUP_MTP) continue;
         census.weights += weights;
-        census.bytes += entry->bytes;
-        census.active += group == GROUP_EXPERTS ? weights / entry->experts * c->num_experts_per_tok : weights;
+        census.active += group == GROUP_EXPERTS ? weights / entry->experts * model->config.num_experts_per_tok : weights;
+        bytes += entry->bytes;
     }
+    for (int group = 0; group < GROUP_COUNT; group++)
+        for (unsigned d = DTYPE_F32, length = 0; d < DTYPE_COUNT; d++)
+            if (types[group] >> d & 1)
+                length += (unsigned)snprintf(census.groups[group].types + length, sizeof census.groups[group].types - length, "%s%s",
+                                             length ? " " : "", dtype_name(d));
+    census.bits_per_weight = (double)bytes * 8 / (double)census.weights;
     return census;
 }
 
-static const char *list_dtypes(unsigned dtypes, char *text, size_t size) {
-    size_t length = 0;
-    text[0] = 0;
-    for (unsigned d = DTYPE_F32; d < DTYPE_COUNT; d++)
-        if (dtypes >> d & 1 && length < size) length += (size_t)snprintf(text + length, size - length, "%s%s", length ? " " : "", dtype_name(d));
-    return text;
-}
-
-static void print_config(const struct Model *model) {
-    const struct ModelConfig *c = &model->config;
-#define ROW(label, ...) (printf("  %-14s", label), printf(__VA_ARGS__), putchar('\n'))
-    ROW("architecture", "%s, converted with --type %s", architecture_name(c->architecture), dtype_name(c->recipe));
-    ROW("layers", "%u of hidden size %u", c->num_hidden_layers, c->hidden_size);
-    if (c->num_nextn_predict_layers) ROW("", "and %u MTP layer%s, kept for later", c->num_nextn_predict_layers, c->num_nextn_predict_layers > 1 ? "s" : "");
-    if (is_mla(c)) {
-        ROW("attention", "MLA, %u heads of %u + %u (rope) and %u (value); latent of %u", c->num_attention_heads, c->qk_nope_head_dim,
-            c->qk_rope_head_dim, c->v_head_dim, c->kv_lora_rank);
-        if (c->q_lora_rank) ROW("", "queries through a latent of %u", c->q_lora_rank);
-    } else {
-        ROW("attention", "GQA, %u heads of %u on %u%s%s", c->num_attention_heads, c->head_dim, c->num_key_value_heads,
-            c->attention_bias ? ", with biases" : "", c->qk_norm ? ", queries and keys normalised" : "");
-    }
-    if (c->intermediate_size) ROW("feed-forward", "%u wide", c->intermediate_size);
-    if (c->n_routed_experts) {
-        ROW("experts", "%u of %u for a token, each %u wide, and %u shared", c->num_experts_per_tok, c->n_routed_experts, c->moe_intermediate_size,
-            c->n_shared_experts);
-        ROW("", "from %u of %u groups; the first %u layer%s dense", c->topk_group, c->n_group, c->first_k_dense_replace,
-            c->first_k_dense_replace == 1 ? " is" : "s are");
-    }
-    ROW("vocabulary", "%u%s", c->vocab_size, c->tie_word_embeddings ? ", the head is the embedding" : "");
-    static const char *const scalings[] = {"", ", yarn scaling", ", llama3 scaling"};
-    ROW("positions", "%u, rope theta %g%s", c->max_position_embeddings, c->rope_theta, scalings[c->rope_scaling]);
-    if (c->rope_scaling != ROPE_PLAIN) ROW("", "by %g from %u", c->rope_factor, c->rope_original_max_position_embeddings);
-}
-
-static void print_census(const struct Census *census) {
-    printf("\n  %-20s%8s  %-10s%16s%12s\n", "", "tensors", "types", "parameters", "size");
-    for (int group = 0; group < GROUP_COUNT; group++) {
-        if (!census->groups[group].tensors) continue;
-        printf("  %-20s%8zu  %-10s%16" PRIu64 "%12s\n", group_names[group], census->groups[group].tensors,
-               list_dtypes(census->groups[group].dtypes, (char[64]){0}, 64), census->groups[group].weights, BYTES(census->groups[group].bytes));
-    }
-    printf("\n  %s parameters, %s of them active for a token; %.2f bits each\n", COUNT(census->weights), COUNT(census->active),
-           (double)census->bytes * 8 / (double)census->weights);
-}
-
-static void print_tokenizer(const struct Model *model) {
-    const TokenizerSpecials *specials = tokenizer_specials(model->tokenizer);
-    printf("\n  tokenizer     ids below %" PRIu32 ";", tokenizer_size(model->tokenizer));
-    for (size_t i = 0; i < specials->stop_count; i++) printf("%s %" PRIu32, i ? "" : " generation ends at", specials->stops[i]);
-    printf("%s\n", specials->stop_count ? "" : " no id ends a generation");
-    ROW("prompts", "%s%s", specials->has_chat ? "in chat form" : specials->add_bos ? "raw, behind a beginning-of-sentence token" : "raw",
-        specials->has_chat ? specials->starts_thinking ? ", thinking is forced" : ", the model itself decides to think" : "");
-#undef ROW
-}
-
-// Text that JSON can hold: a file's name need not be UTF-8.
-static json_t *json_text(const char *text) {
-    json_t *string = json_string(text);
-    if (string) return string;
-    char ascii[256];
-    snprintf(ascii, sizeof ascii, "%s", text);
-    for (char *c = ascii; *c; c++)
-        if (*c & 0x80) *c = '?';
-    return json_string(ascii);
-}
-
-static json_t *census_json(const struct Census *census) {
-    json_t *groups = json_array();
-    for (int group = 0; group < GROUP_COUNT; group++) {
-        if (!census->groups[group].tensors) continue;
-        json_array_append_new(groups, json_pack("{s:s, s:I, s:s, s:I, s:I}", "role", group_names[group], "tensors",
-                                               (json_int_t)census->groups[group].tensors, "types",
-                                               list_dtypes(census->groups[group].dtypes, (char[64]){0}, 64), "parameters",
-                                               (json_int_t)census->groups[group].weights, "bytes", (json_int_t)census->groups[group].bytes));
-    }
-    return groups;
-}
-
 // Every field of the config, by its name in format.h.
-static json_t *config_json(const struct ModelConfig *c) {
-    json_t *object = json_pack("{s:s, s:s}", "architecture", architecture_name(c->architecture), "type", dtype_name(c->recipe));
+static json_t *describe_config(const struct ModelConfig *c) {
+    static const char *const scalings[] = {"none", "yarn", "llama3"};
+    json_t *object = json_pack("{s:s, s:s, s:s}", "architecture", architecture_name(c->architecture), "type", dtype_name(c->recipe),
+                               "rope_scaling", scalings[c->rope_scaling]);
 #define FIELD(name) json_object_set_new(object, #name, json_integer((json_int_t)c->name))
 #define REAL(name) json_object_set_new(object, #name, json_real(c->name))
     FIELD(hidden_size), FIELD(intermediate_size), FIELD(num_hidden_layers), FIELD(num_attention_heads), FIELD(num_key_value_heads);
     FIELD(head_dim), FIELD(vocab_size), FIELD(max_position_embeddings), FIELD(tie_word_embeddings), FIELD(attention_bias), FIELD(qk_norm);
     FIELD(q_lora_rank), FIELD(kv_lora_rank), FIELD(qk_nope_head_dim), FIELD(qk_rope_head_dim), FIELD(v_head_dim), FIELD(n_routed_experts);
     FIELD(n_shared_experts), FIELD(num_experts_per_tok), FIELD(moe_intermediate_size), FIELD(first_k_dense_replace), FIELD(n_group);
-    FIELD(topk_group), FIELD(norm_topk_prob), FIELD(num_nextn_predict_layers), FIELD(rope_scaling);
-    FIELD(rope_original_max_position_embeddings);
+    FIELD(topk_group), FIELD(norm_topk_prob), FIELD(num_nextn_predict_layers), FIELD(rope_original_max_position_embeddings);
     REAL(rms_norm_eps), REAL(rope_theta), REAL(routed_scaling_factor), REAL(rope_factor), REAL(rope_beta_fast), REAL(rope_beta_slow);
     REAL(rope_mscale), REAL(rope_mscale_all_dim), REAL(rope_attn_factor), REAL(rope_low_freq_factor), REAL(rope_high_freq_factor);
 #undef FIELD
@@ -4707,7 +4409,19 @@ static json_t *config_json(const struct ModelConfig *c) {
     return object;
 }
 
-static json_t *tensors_json(const struct Model *model) {
+static json_t *describe_tokenizer(const struct Model *model) {
+    const TokenizerSpecials *specials = tokenizer_specials(model->tokenizer);
+    json_t *stops = json_array();
+    for (size_t i = 0; i < specials->stop_count; i++) json_array_append_new(stops, json_integer(specials->stops[i]));
+    json_t *object = json_pack("{s:I, s:o, s:b, s:b, s:b}", "size", (json_int_t)tokenizer_size(model->tokenizer), "stops", stops, "add_bos",
+                               specials->add_bos, "has_chat", specials->has_chat, "starts_thinking", specials->starts_thinking);
+#define ID(name) json_object_set_new(object, #name, specials->name == TOKEN_NONE ? json_null() : json_integer(specials->name))
+    ID(bos), ID(eos), ID(user), ID(assistant), ID(end_of_turn), ID(think), ID(end_think);
+#undef ID
+    return object;
+}
+
+static json_t *describe_tensors(const struct Model *model) {
     json_t *list = json_array();
     for (size_t i = 0; i < model->entry_count; i++) {
         const struct TensorEntry *entry = &model->entries[i];
@@ -4724,42 +4438,46 @@ static json_t *tensors_json(const struct Model *model) {
     return list;
 }
 
-static json_t *tokenizer_json_facts(const struct Model *model) {
-    const TokenizerSpecials *specials = tokenizer_specials(model->tokenizer);
-    json_t *stops = json_array();
-    for (size_t i = 0; i < specials->stop_count; i++) json_array_append_new(stops, json_integer(specials->stops[i]));
-    json_t *object = json_pack("{s:I, s:o, s:b, s:b, s:b}", "size", (json_int_t)tokenizer_size(model->tokenizer), "stops", stops, "add_bos",
-                               specials->add_bos, "has_chat", specials->has_chat, "starts_thinking", specials->starts_thinking);
-    const struct { const char *name; uint32_t id; } ids[] = {
-        {"bos", specials->bos}, {"eos", specials->eos}, {"user", specials->user}, {"assistant", specials->assistant},
-        {"end_of_turn", specials->end_of_turn}, {"think", specials->think}, {"end_think", specials->end_think}};
-    for (size_t i = 0; i < sizeof ids / sizeof *ids; i++)
-        json_object_set_new(object, ids[i].name, ids[i].id == TOKEN_NONE ? json_null() : json_integer(ids[i].id));
-    return object;
+static void print_groups(const struct Census *census) {
+    printf("\n%-22s%8s  %-10s%16s%12s\n", "Tensors", "number", "types", "parameters", "size");
+    for (int group = 0; group < GROUP_COUNT; group++)
+        if (census->groups[group].tensors)
+            printf("  %-20s%8zu  %-10s%16" PRIu64 "%12s\n", group_names[group], census->groups[group].tensors, census->groups[group].types,
+                   census->groups[group].weights, BYTES(census->groups[group].bytes));
+    printf("\n  %s parameters, %s of them active for a token; %.2f bits each\n", COUNT(census->weights), COUNT(census->active),
+           census->bits_per_weight);
+}
+
+// An object's members in two columns, without those that are false, null or `empty`. The object is freed.
+static void print_members(const char *heading, json_t *object, double empty) {
+    const char *name;
+    json_t *value;
+    size_t printed = 0;
+    printf("\n%s", heading);
+    json_object_foreach(object, name, value) {
+        char *text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(9));
+        if (!text) die("out of memory");
+        if (!json_is_false(value) && !json_is_null(value) && !(json_is_number(value) && json_number_value(value) == empty))
+            printf("%s%-36s%14s", printed++ % 2 ? "      " : "\n  ", name, json_is_string(value) ? json_string_value(value) : text);
+        free(text);
+    }
+    putchar('\n');
+    json_decref(object);
 }
 
 // Compares the checksum of every tensor's data; dies with the name of the first that is wrong.
 static void verify_tensors(const struct Command *command, const struct Model *model) {
-    const size_t piece = 16 << 20;
     double total = 0, done = 0, started = clock_seconds();
     for (size_t i = 0; i < model->entry_count; i++) total += (double)model->entries[i].bytes;
-    XXH3_state_t *state = XXH3_createState();
-    if (!state) die("out of memory");
     for (size_t i = 0; i < model->entry_count; i++) {
         const struct TensorEntry *entry = &model->entries[i];
-        XXH3_64bits_reset(state);
-        for (uint64_t at = 0; at < entry->bytes; at += piece) {
-            size_t step = (size_t)(entry->bytes - at < piece ? entry->bytes - at : piece);
-            XXH3_64bits_update(state, model->bytes + entry->offset + at, step);
-            done += (double)step;
-            show_progress(command, "verifying", done, total, started);
-        }
-        uint64_t hash = XXH3_64bits_digest(state);
+        show_progress(command, "verifying", done, total, started);
+        uint64_t hash = XXH3_64bits(model->bytes + entry->offset, entry->bytes);
+        done += (double)entry->bytes;
         if (hash == entry->hash) continue;
         end_progress(command);
         die("%s: tensor %s is damaged: its checksum is %016" PRIx64 ", expected %016" PRIx64, model->name, entry->name, hash, entry->hash);
     }
-    XXH3_freeState(state);
     end_progress(command);
 }
 
@@ -4769,40 +4487,40 @@ static int command_inspect(struct Command *command) {
     struct Model *model = open_model(path ? path : "demo", false);
     if (command->verify) verify_tensors(command, model);
     struct Census census = count_tensors(model);
-    struct SessionOptions plan_options = {.logits_rows = 1, .cache = (enum CacheType)command->cache};
+    struct SessionOptions options = {.logits_rows = 1, .cache = (enum CacheType)command->cache};
     struct MemoryPlan plan = {0};
     uint64_t available = available_memory();
     if (model->has_weights) {
         size_t most = model->config.max_position_embeddings;
-        plan_options.context = command->context != NOT_GIVEN ? command->context : min_size(most, DEFAULT_MAX_TOKENS);
-        plan_options.batch = min_size(micro_batch(command, model), plan_options.context);
-        plan = plan_memory(model, &plan_options, (int)command->threads);
+        options.context = command->context != NOT_GIVEN ? command->context : min_size(most, DEFAULT_MAX_TOKENS);
+        options.batch = min_size(micro_batch(command, model), options.context);
+        plan = plan_memory(model, &options, (int)command->threads);
     }
     uint64_t total = plan.weights + plan.cache + plan.scratch;
     if (command->json) {
         json_t *object = json_pack("{s:o, s:I, s:o}", "model", json_text(model->name), "bytes", (json_int_t)model->size, "tokenizer",
-                                   tokenizer_json_facts(model));
+                                   describe_tokenizer(model));
         if (model->has_weights)
-            json_object_update_new(object, json_pack("{s:o, s:{s:I, s:I, s:I}, s:f, s:o, s:{s:I, s:s, s:I, s:I, s:I, s:I, s:I, s:I}, s:o}",
-                "config", config_json(&model->config),
+            json_object_update_new(object, json_pack("{s:o, s:{s:I, s:I, s:I}, s:f, s:{s:I, s:s, s:I, s:I, s:I, s:I, s:I, s:I}, s:o}",
+                "config", describe_config(&model->config),
                 "parameters", "total", (json_int_t)census.weights, "active", (json_int_t)census.active, "mtp", (json_int_t)census.groups[GROUP_MTP].weights,
-                "bits_per_weight", (double)census.bytes * 8 / (double)census.weights, "roles", census_json(&census),
-                "memory", "context", (json_int_t)plan_options.context, "cache_type", cache_names[plan_options.cache], "batch", (json_int_t)plan_options.batch,
+                "bits_per_weight", census.bits_per_weight,
+                "memory", "context", (json_int_t)options.context, "cache_type", cache_names[options.cache], "batch", (json_int_t)options.batch,
                 "weights", (json_int_t)plan.weights, "cache", (json_int_t)plan.cache, "scratch", (json_int_t)plan.scratch,
-                "total", (json_int_t)total, "available", (json_int_t)available, "tensors", tensors_json(model)));
+                "total", (json_int_t)total, "available", (json_int_t)available, "tensors", describe_tensors(model)));
         if (command->verify) json_object_set_new(object, "verified", json_true());
         print_json(object);
     } else {
         printf("%s: %s%s\n", model->name, BYTES(model->size), model->has_weights ? "" : ", a tokenizer without weights");
         if (model->has_weights) {
-            print_config(model);
-            print_census(&census);
-            printf("\n  Memory for %zu tokens of context (%s cache, micro-batches of %zu): weights %s, cache %s, scratch %s:\n  %s in all, %s available\n",
-                   plan_options.context, cache_names[plan_options.cache], plan_options.batch, BYTES(plan.weights), BYTES(plan.cache), BYTES(plan.scratch),
+            print_members("Config", describe_config(&model->config), 0);   // what an architecture lacks is 0
+            print_groups(&census);
+            printf("\nMemory for %zu tokens of context (%s cache, micro-batches of %zu)\n  weights %s, cache %s, scratch %s: %s in all, %s available\n",
+                   options.context, cache_names[options.cache], options.batch, BYTES(plan.weights), BYTES(plan.cache), BYTES(plan.scratch),
                    BYTES(total), available ? BYTES(available) : "unknown");
         }
-        print_tokenizer(model);
-        if (command->verify) printf("\n  Verified: the checksums of all %zu tensors are right.\n", model->entry_count);
+        print_members("Tokenizer", describe_tokenizer(model), NAN);
+        if (command->verify) printf("\nVerified: the checksums of all %zu tensors are right.\n", model->entry_count);
         flush_output();
     }
     model_close(model);
@@ -4820,22 +4538,23 @@ static const struct CommandKind commands[] = {
      "Asks MODEL (an .r1 file, or the word demo) one question and streams what it thinks and answers. Without PROMPT, or\n"
      "with -, the question is read from standard input. Ctrl-C ends the answer.\n\n"
      "  r1 run demo \"How many r's are in strawberry?\"\n"
-     "  r1 run model.r1 --hide-thinking --seed 1 <question.txt >answer.txt"},
+     "  echo \"What is 2 + 3?\" | r1 run demo --hide-thinking --seed 1 >answer.txt"},
     {"bench", BENCH, "[OPTION]... MODEL|SHAPE[:TYPE]", 1, 1, command_bench, true, "measure prefill and decode speed",
      "Measures tokens per second of MODEL, or of a known model's SHAPE filled with synthetic weights: no file is needed.\n"
      "SHAPE is r1, r1-distill-qwen-1.5b, -7b, -14b or -32b, r1-distill-llama-8b or -70b, r1-0528-qwen3-8b or\n"
      "moonlight-16b-a3b; TYPE is f32, bf16, f8, q8 or q4 (default).\n\n"
      "  r1 bench r1-distill-qwen-1.5b:q8\n"
-     "  r1 bench r1 --layers 4 --prefill 512,2048 --json"},
+     "  r1 bench r1 --layers 4 --prefill 128,512 --json"},
     {"perplexity", PERPLEXITY, "[OPTION]... MODEL [TEXT.txt]", 1, 2, command_perplexity, true, "measure how well a model predicts a text",
-     "Prints the perplexity of TEXT.txt (or of --ids FILE, a sequence a line) with its standard error. --save-base keeps the\n"
-     "predictions, --kld compares another file of the same model, say a smaller type, with them.\n\n"
-     "  r1 perplexity big.r1 text.txt --save-base base.bin\n"
-     "  r1 perplexity small.r1 text.txt --kld base.bin"},
+     "Prints the perplexity of TEXT.txt (or of --ids FILE, a sequence a line; ids before a '|' on its line are context and are\n"
+     "not scored) with its standard error. --save-base keeps the predictions, --kld compares another file of the same model,\n"
+     "say a smaller type, with them.\n\n"
+     "  echo \"What is 2 + 3? 2 + 3 = 5\" >text.txt && r1 perplexity demo text.txt --save-base base.bin\n"
+     "  r1 perplexity demo text.txt --kv q8 --kld base.bin"},
     {"inspect", INSPECT, "[OPTION]... [MODEL]", 0, 1, command_inspect, false, "show a model's config, tensors, sizes and memory plan",
      "Shows what MODEL (without one: the demo) is made of, and the memory that it takes.\n\n"
-     "  r1 inspect model.r1 --context 8192 --kv q8\n"
-     "  r1 inspect model.r1 --verify"},
+     "  r1 inspect demo --context 8192 --kv q8\n"
+     "  r1 inspect demo --verify"},
     {"tokenize", TOKENIZE, "[OPTION]... MODEL [TEXT]", 1, 2, command_tokenize, false, "turn text into token ids, and back",
      "Prints the token ids of TEXT, or of every line of standard input, a line each; on a terminal with their pieces.\n\n"
      "  r1 tokenize demo \"Hello there\"\n"
@@ -4843,7 +4562,7 @@ static const struct CommandKind commands[] = {
     {"logits", LOGITS, "[OPTION]... MODEL --ids FILE", 1, 1, command_logits, true, "print numbers to compare with another implementation",
      "Evaluates the ids of FILE as one prompt, then --greedy N tokens more, and prints what is asked for of this sequence,\n"
      "positions counting from 0.\n\n"
-     "  r1 logits model.r1 --ids prompt.ids --greedy 16 --logits 0,5 --kv f32"},
+     "  r1 tokenize demo \"Hello there\" >prompt.ids && r1 logits demo --ids prompt.ids --greedy 16 --logits 0,5 --kv f32"},
 };
 #define COMMAND_TOTAL (sizeof commands / sizeof *commands)
 
@@ -4859,13 +4578,6 @@ static void print_help(FILE *out) {
 static int start_command(void *argument) {
     struct Command *command = argument;
     return command->kind->function(command);
-}
-
-static void default_counts(struct CountList *list, uint64_t value) {
-    if (list->values) return;
-    list->values = allocate(sizeof *list->values);
-    list->values[0] = value;
-    list->count = 1;
 }
 
 static void prepare_machine(struct Command *command) {
@@ -4891,20 +4603,18 @@ int main(int argc, char **argv) {
         print_help(stderr);
         return 2;
     }
-    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
-        print_help(stdout);
+    bool wants_help = strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0;
+    if (wants_help || strcmp(argv[1], "--version") == 0) {
+        if (wants_help) print_help(stdout);
+        else puts("r1 " R1_VERSION);
         flush_output();
         return 0;
     }
-    if (strcmp(argv[1], "--version") == 0) {
-        puts("r1 " R1_VERSION);
-        flush_output();
-        return 0;
-    }
-    struct Command command = {
+    static struct Command command;   // too large for the stack of some systems
+    command = (struct Command){
         .team = &team, .threads = NOT_GIVEN, .batch = NOT_GIVEN, .context = NOT_GIVEN, .cache = CACHE_F16, .isa = "auto",
         .max_tokens = DEFAULT_MAX_TOKENS, .seed = NOT_GIVEN, .think_budget = NOT_GIVEN, .temperature = 0.6, .top_p = 0.95,
-        .decode = 64, .layers = NOT_GIVEN,
+        .prefill = {{512}, 1, false}, .depth = {{0}, 1, false}, .decode = 64,
     };
     for (size_t i = 0; i < COMMAND_TOTAL; i++)
         if (strcmp(argv[1], commands[i].name) == 0) command.kind = &commands[i];
@@ -4918,17 +4628,11 @@ int main(int argc, char **argv) {
         print_command_help(command.kind);
     } else {
         if (command.argument_count < command.kind->least_arguments) wrong_usage(&command, "MODEL is missing");
-        default_counts(&command.prefill, 512);
-        default_counts(&command.depth, 0);
         prepare_machine(&command);
         if (command.kind->computes) status = team_start(&team, (int)command.threads, start_command, &command);
         else status = command.kind->function(&command);
     }
     flush_output();
-    free(command.logits.values);
-    free(command.experts.values);
-    free(command.prefill.values);
-    free(command.depth.values);
     return status;
 }
 #endif

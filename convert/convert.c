@@ -1089,7 +1089,7 @@ static bool convert_unit(const Reader *reader, const struct ModelConfig *config,
         return true;
     }
     if (!load_values(reader, source, row, rows, cols, dtype, &b)) return false;
-    const float *values = b.values;
+    float *values = b.values;
     if (turn) {
         for (uint64_t r = 0; r < unit->rows; r++) {
             for (uint64_t c = 0; c < unit_cols; c++) b.turned[r * unit_cols + c] = b.values[c * cols + r];

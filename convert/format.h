@@ -140,6 +140,8 @@ struct TensorEntry {
 //                            block head: uint8 sub[k-block / 32][32], one for each 32 columns and row;
 //                            value = scale * (int8)(sub & 0xfe) * (Q4_TABLE[nibble] + (sub & 1 ? Q4_SHIFT : 0))
 //
+// q8 and q4 hold the matrix in rotated columns: see below.
+//
 // The columns of every matrix are a multiple of 32. Stored int8 and table values stay in -127..127.
 #define PANEL_ROWS 32
 #define K_BLOCK 256
@@ -183,6 +185,75 @@ static inline uint64_t panel_bytes(uint32_t dtype, uint64_t cols) {
 // Bytes of a matrix, a multiple of 32. The caller has checked that rows and cols are below 2^32 and cols a multiple of 32.
 static inline uint64_t matrix_bytes(uint32_t dtype, uint64_t rows, uint64_t cols) {
     return (rows + PANEL_ROWS - 1) / PANEL_ROWS * panel_bytes(dtype, cols);
+}
+
+// ---- the rotation of q8 and q4
+//
+// A few columns of a model's activations are far larger than the rest, and one int8 scale for 256 of them would leave the
+// others next to nothing. So integer products take place in rotated columns (QuaRot, arXiv:2404.00456): each k-block of a
+// row is multiplied by random signs and a Hadamard matrix, which spreads a large column evenly over its block. The matrix is
+// orthogonal: rotating the weights here and the activations in the engine leaves every product as it was.
+
+// Inlined so that the engine's vector code for a processor takes them in.
+#define ROTATION static inline __attribute__((always_inline))
+
+// Multiplies by the Hadamard matrix of size `rows` down each of `cols` columns: x [rows][cols], rows a power of two.
+ROTATION void hadamard_down(float *x, uint64_t rows, uint64_t cols) {
+    for (uint64_t half = 1; half < rows; half *= 2)
+        for (uint64_t r = 0; r < rows; r++) {
+            if (r & half) continue;
+            float *a = x + r * cols, *b = a + half * cols;
+            for (uint64_t c = 0; c < cols; c++) {
+                float sum = a[c] + b[c];
+                b[c] = a[c] - b[c];
+                a[c] = sum;
+            }
+        }
+}
+
+// The signs in front of the Hadamard matrix: bits of the fraction of the golden ratio, one for each column of a block.
+ROTATION float rotation_sign(uint64_t column) {
+    static const uint32_t bits[K_BLOCK / 32] = {0x9e3779b9, 0x7f4a7c15, 0xf39cc060, 0x5cedc834, 0x1082276b, 0xf3a27251, 0xf86c6a11, 0xd0c18e95};
+    return bits[column / 32] >> column % 32 & 1 ? -1.0f : 1.0f;
+}
+
+// 1 / sqrt(n)
+ROTATION float rotation_norm(uint64_t n) {
+    return n == 256 ? 0x1p-4f : n == 128 ? 0.08838834764831845f : n == 64 ? 0x1p-3f : 0.17677669529663687f;
+}
+
+// Rotates n columns (a power of two, 32 to 256): as a matrix of n/16 rows of 16, down its columns, transposed, and down its
+// columns again, so that all additions are of whole vectors. out [n] is not x.
+ROTATION void rotate_columns(const float *x, uint64_t n, float *out) {
+    float turned[K_BLOCK];
+    uint64_t rows = n / 16;
+    for (uint64_t i = 0; i < n; i++) turned[i] = x[i] * rotation_sign(i);
+    hadamard_down(turned, rows, 16);
+    for (uint64_t r = 0; r < rows; r++)
+        for (uint64_t c = 0; c < 16; c++) out[c * rows + r] = turned[r * 16 + c];
+    hadamard_down(out, 16, rows);
+    float norm = rotation_norm(n);
+    for (uint64_t i = 0; i < n; i++) out[i] *= norm;
+}
+
+// The way back.
+static inline void rotate_columns_back(const float *x, uint64_t n, float *out) {
+    float turned[K_BLOCK];
+    uint64_t rows = n / 16;
+    for (uint64_t i = 0; i < n; i++) turned[i] = x[i];
+    hadamard_down(turned, 16, rows);
+    for (uint64_t r = 0; r < rows; r++)
+        for (uint64_t c = 0; c < 16; c++) out[r * 16 + c] = turned[c * rows + r];
+    hadamard_down(out, rows, 16);
+    float norm = rotation_norm(n);
+    for (uint64_t i = 0; i < n; i++) out[i] *= norm * rotation_sign(i);
+}
+
+// Columns that are rotated together at the start of `rest` ones: a k-block, or the largest power of two of a short one.
+static inline uint64_t rotation_width(uint64_t rest) {
+    uint64_t width = K_BLOCK;
+    while (width > rest) width /= 2;
+    return width;
 }
 
 static inline uint64_t align_up(uint64_t value, uint64_t step) { return (value + step - 1) / step * step; }

@@ -1,4 +1,4 @@
-// Float rows -> panels of f32, bf16, f8, q8 and q4, and back.
+// Float rows -> panels of f32, bf16, f8, q8 and q4.
 //
 // Everything here gives the same bytes on every machine and for every thread count: the q4 search compares sums of
 // integers, and what floating point remains runs in one fixed order.
@@ -327,8 +327,20 @@ size_t pack_scratch_bytes(uint32_t dtype, size_t cols) {
     return dtype == DTYPE_Q4 ? cols / K_GROUP * (2 * sizeof(float) + 1) + cols * sizeof(int16_t) : 0;
 }
 
-void pack_panel(uint32_t dtype, const float *rows, size_t row_count, size_t cols, uint8_t *panel, void *scratch) {
+static void rotate_row(float *row, size_t cols) {
+    for (size_t first = 0, width; first < cols; first += width) {
+        float rotated[K_BLOCK];
+        width = rotation_width(cols - first);
+        rotate_columns(row + first, width, rotated);
+        memcpy(row + first, rotated, width * sizeof *row);
+    }
+}
+
+void pack_panel(uint32_t dtype, float *rows, size_t row_count, size_t cols, uint8_t *panel, void *scratch) {
     memset(panel, 0, panel_bytes(dtype, cols));
+    if (dtype == DTYPE_Q8 || dtype == DTYPE_Q4) {
+        for (size_t row = 0; row < row_count; row++) rotate_row(rows + row * cols, cols);
+    }
     if (dtype == DTYPE_Q4) {
         PackRow *pack = choose_pack_q4_row();
         FirstLimits first;
@@ -375,43 +387,5 @@ void pack_f8_panel(const uint8_t *codes, size_t row_count, size_t cols, const fl
             for (size_t k = 0; k < count; k += 4) memcpy(out + (k / 4 * PANEL_ROWS + row) * 4, in + k, 4);
         }
         block = out + value_bytes(DTYPE_F8, count);
-    }
-}
-
-// One value of a k-block of count columns.
-static float unpack_value(uint32_t dtype, const uint8_t *block, const float *row_scales, size_t count, size_t row,
-                          size_t k) {
-    const uint8_t *values = block + block_head_bytes(dtype, count);
-    float scale = 1.0f;
-    uint16_t upper;
-    switch (dtype) {
-    case DTYPE_F32: memcpy(&scale, values + (k * PANEL_ROWS + row) * 4, 4); return scale;
-    case DTYPE_BF16: memcpy(&upper, values + ((k / 2 * PANEL_ROWS + row) * 2 + k % 2) * 2, 2); return bf16_to_float(upper);
-    case DTYPE_F8:
-        memcpy(&scale, block + k / K_GROUP * 4, 4);
-        return scale * e4m3_to_float(values[(k / 4 * PANEL_ROWS + row) * 4 + k % 4]);
-    case DTYPE_Q8:
-        memcpy(&scale, block + row * 4, 4);
-        return scale * (float)(int8_t)values[(k / 4 * PANEL_ROWS + row) * 4 + k % 4];
-    default: {
-        uint8_t sub = block[k / K_GROUP * PANEL_ROWS + row], pair = values[(k / 8 * PANEL_ROWS + row) * 4 + k % 4];
-        int entry = Q4_TABLE[k % 8 < 4 ? pair & 15 : pair >> 4] + (sub & 1 ? Q4_SHIFT : 0);
-        return row_scales[row] * (float)((int8_t)(sub & 0xfe) * entry);
-    }
-    }
-}
-
-void unpack_panel(uint32_t dtype, const uint8_t *panel, size_t cols, float *rows) {
-    float row_scales[PANEL_ROWS] = {0};
-    memcpy(row_scales, panel, panel_head_bytes(dtype));
-    const uint8_t *block = panel + panel_head_bytes(dtype);
-    for (size_t start = 0; start < cols; start += K_BLOCK) {
-        size_t count = cols - start < K_BLOCK ? cols - start : K_BLOCK;
-        for (size_t row = 0; row < PANEL_ROWS; row++) {
-            for (size_t k = 0; k < count; k++) {
-                rows[row * cols + start + k] = unpack_value(dtype, block, row_scales, count, row, k);
-            }
-        }
-        block += block_head_bytes(dtype, count) + value_bytes(dtype, count);
     }
 }

@@ -1,4 +1,4 @@
-// Rows of floats to panels of a dtype (format.h tells how a panel lies), and back.
+// Rows of floats to panels of a dtype (format.h tells how a panel lies).
 #ifndef R1_QUANTIZE_H
 #define R1_QUANTIZE_H
 
@@ -32,14 +32,12 @@ static inline float magnitude_limit(uint32_t dtype) {
 // ---- panels
 
 // Packs row_count (1 to 32) rows of cols floats, one behind the other, into panel (panel_bytes(dtype, cols) bytes, all of
-// which are written). dtype is f32, bf16, q8 or q4; cols is a multiple of 32. scratch has pack_scratch_bytes() bytes.
-void pack_panel(uint32_t dtype, const float *rows, size_t row_count, size_t cols, uint8_t *panel, void *scratch);
+// which are written). dtype is f32, bf16, q8 or q4; cols is a multiple of 32. For q8 and q4 the rows are rotated in place.
+// scratch has pack_scratch_bytes() bytes.
+void pack_panel(uint32_t dtype, float *rows, size_t row_count, size_t cols, uint8_t *panel, void *scratch);
 size_t pack_scratch_bytes(uint32_t dtype, size_t cols);
 
 // The same for f8: E4M3 codes and one scale for each 32 columns.
 void pack_f8_panel(const uint8_t *codes, size_t row_count, size_t cols, const float *scales, uint8_t *panel);
-
-// All 32 rows of a panel of any dtype.
-void unpack_panel(uint32_t dtype, const uint8_t *panel, size_t cols, float *rows);
 
 #endif

@@ -494,6 +494,8 @@ AVX2 static void float_to_half_avx2(const float *x, uint16_t *half, size_t n) {
     for (; i < n; i++) half[i] = half_from_float(x[i]);
 }
 
+AVX2 static void rotate_columns_avx2(const float *x, size_t n, float *out) { rotate_columns_body(x, n, out); }
+
 AVX2 static void int8_to_float_avx2(const int8_t *quants, float scale, float *out, size_t n) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -501,6 +503,32 @@ AVX2 static void int8_to_float_avx2(const int8_t *quants, float scale, float *ou
         _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(wide)));
     }
     for (; i < n; i++) out[i] = scale * (float)quants[i];
+}
+
+// ---- what `r1 bench` measures the processor's limits with
+// A multiplying loop repeats one instruction on as many registers as it takes to hide that instruction's latency.
+
+#define PROBE_REGISTERS(STEP) \
+    STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11) STEP(12) STEP(13) STEP(14) STEP(15)
+#define PROBE_LOOP(body)                                                                                                \
+    __asm__ volatile("1:\n" body "dec %0\n jnz 1b\n vzeroupper\n"                                                      \
+                     : "+r"(rounds) : : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",   \
+                       "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15")
+
+AVX2 static uint64_t read_probe_avx2(const uint8_t *bytes, size_t count) { return read_probe_body(bytes, count); }
+
+// Products of 8 bits, their sums of 16 and of 32: three instructions for 32 multiply-adds.
+static void multiply_probe_avx2(uint64_t rounds) {
+#define STEP(t, i) "vpmaddubsw %%ymm0, %%ymm1, %%ymm" #t "\n vpmaddwd %%ymm2, %%ymm" #t ", %%ymm" #t "\n"               \
+                   "vpaddd %%ymm" #t ", %%ymm" #i ", %%ymm" #i "\n"
+    PROBE_LOOP(STEP(3, 9) STEP(4, 10) STEP(5, 11) STEP(6, 12) STEP(7, 13) STEP(8, 14));
+#undef STEP
+}
+
+static void multiply_probe_avxvnni(uint64_t rounds) {
+#define STEP(i) "%{vex%} vpdpbusd %%ymm0, %%ymm1, %%ymm" #i "\n"
+    PROBE_LOOP(PROBE_REGISTERS(STEP));
+#undef STEP
 }
 
 // CPUID leaf 1, ECX bit 29: conversion from and to half precision.
@@ -517,12 +545,13 @@ static bool has_avxvnni(void) {
     return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
 }
 
-#define AVX2_TABLE(table, q8, q4)                                                                                       \
+#define AVX2_TABLE(table, q8, q4, probe, macs)                                                                          \
     {                                                                                                                   \
         .name = table,                                                                                                  \
         .product = {[DTYPE_F32] = product_f32_avx2, [DTYPE_BF16] = product_bf16_avx2, [DTYPE_F8] = product_f8_avx2,     \
                     [DTYPE_Q8] = q8, [DTYPE_Q4] = q4},                                                                  \
         .quantize_row = quantize_row_avx2,                                                                              \
+        .rotate_columns = rotate_columns_avx2,                                                                              \
         .dot = dot_avx2,                                                                                                \
         .score_rows = score_rows_avx2,                                                                                  \
         .mix_rows = mix_rows_avx2,                                                                                      \
@@ -531,9 +560,13 @@ static bool has_avxvnni(void) {
         .half_to_float = half_to_float_avx2,                                                                            \
         .float_to_half = float_to_half_avx2,                                                                            \
         .int8_to_float = int8_to_float_avx2,                                                                            \
+        .read_probe = read_probe_avx2,                                                                                  \
+        .multiply_probe = probe,                                                                                        \
+        .macs_per_round = macs,                                                                                         \
     }
 
-static const struct Kernels avx2_kernels = AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2);
-static const struct Kernels avxvnni_kernels = AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni);
+static const struct Kernels avx2_kernels = AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2, multiply_probe_avx2, 6 * 32);
+static const struct Kernels avxvnni_kernels =
+    AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni, multiply_probe_avxvnni, 14 * 32);
 
 #endif

@@ -471,6 +471,8 @@ AVX512 static void float_to_half_avx512(const float *x, uint16_t *half, size_t n
     }
 }
 
+AVX512 static void rotate_columns_avx512(const float *x, size_t n, float *out) { rotate_columns_body(x, n, out); }
+
 AVX512 static void int8_to_float_avx512(const int8_t *quants, float scale, float *out, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 lanes = lanes_avx512(n - i);
@@ -479,11 +481,20 @@ AVX512 static void int8_to_float_avx512(const int8_t *quants, float scale, float
     }
 }
 
+AVX512 static uint64_t read_probe_avx512(const uint8_t *bytes, size_t count) { return read_probe_body(bytes, count); }
+
+static void multiply_probe_avx512(uint64_t rounds) {
+#define STEP(i) "vpdpbusd %%zmm0, %%zmm1, %%zmm" #i "\n"
+    PROBE_LOOP(PROBE_REGISTERS(STEP));
+#undef STEP
+}
+
 static const struct Kernels avx512_kernels = {
     .name = "avx512",
     .product = {[DTYPE_F32] = product_f32_avx512, [DTYPE_BF16] = product_bf16_avx512, [DTYPE_F8] = product_f8_avx512,
                 [DTYPE_Q8] = product_q8_avx512, [DTYPE_Q4] = product_q4_avx512},
     .quantize_row = quantize_row_avx512,
+    .rotate_columns = rotate_columns_avx512,
     .dot = dot_avx512,
     .score_rows = score_rows_avx512,
     .mix_rows = mix_rows_avx512,
@@ -492,6 +503,9 @@ static const struct Kernels avx512_kernels = {
     .half_to_float = half_to_float_avx512,
     .float_to_half = float_to_half_avx512,
     .int8_to_float = int8_to_float_avx512,
+    .read_probe = read_probe_avx512,
+    .multiply_probe = multiply_probe_avx512,
+    .macs_per_round = 14 * 64,
 };
 
 #endif

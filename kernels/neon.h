@@ -278,11 +278,30 @@ static void half_to_float_neon(const uint16_t *half, float *out, size_t n) {
     half_to_float_body(half + i, out + i, n - i);
 }
 
+// ---- what `r1 bench` measures the processor's limit with: the multiplications that the products above use
+
+#ifdef __ARM_FEATURE_DOTPROD
+#define NEON_PROBE_MACS (16 * 16)
+static void multiply_probe_neon(uint64_t rounds) {
+#define STEP(i) "sdot v" #i ".4s, v0.16b, v1.16b\n"
+    __asm__ volatile("1:\n"
+                     STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(16) STEP(17) STEP(18) STEP(19) STEP(20) STEP(21)
+                     STEP(22) STEP(23) STEP(24) STEP(25) "subs %0, %0, #1\n bne 1b\n"
+                     : "+r"(rounds) : : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19",
+                       "v20", "v21", "v22", "v23", "v24", "v25");
+#undef STEP
+}
+#else
+#define NEON_PROBE_MACS PORTABLE_PROBE_MACS
+static void multiply_probe_neon(uint64_t rounds) { multiply_probe_portable(rounds); }
+#endif
+
 static const struct Kernels neon_kernels = {
     .name = "neon",
     .product = {[DTYPE_F32] = product_f32_neon, [DTYPE_BF16] = product_bf16_neon, [DTYPE_F8] = product_f8_neon,
                 [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon},
     .quantize_row = quantize_row_body,
+    .rotate_columns = rotate_columns_body,
     .dot = dot_neon,
     .score_rows = score_rows_neon,
     .mix_rows = mix_rows_neon,
@@ -291,6 +310,9 @@ static const struct Kernels neon_kernels = {
     .half_to_float = half_to_float_neon,
     .float_to_half = float_to_half_body,
     .int8_to_float = int8_to_float_body,
+    .read_probe = read_probe_body,
+    .multiply_probe = multiply_probe_neon,
+    .macs_per_round = NEON_PROBE_MACS,
 };
 
 #endif
