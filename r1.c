@@ -1,7 +1,8 @@
 // r1.c: runs DeepSeek-R1 and its family on a CPU.
 //
 // The whole engine is this one file, to be read from top to bottom: helpers, threads, the .r1 file, the kernels in
-// portable C, norms and RoPE, attention, router and experts, forward, sampling, generation, commands, main.
+// portable C, norms and RoPE, attention, router and experts, forward, sampling. Then come the commands and what they
+// need: options, known shapes, bench, perplexity, generation of text, and main.
 // convert/ makes the .r1 files, tokenizer.c turns text into tokens and back, and kernels/ holds faster forms of a
 // dozen inner functions for particular processors; without that folder everything still works, slowly.
 //
@@ -126,6 +127,7 @@ static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 struct Team {
     int threads;
+    int spins;                    // how often a waiting thread looks before it lets others run
     void (*job)(void *argument, int thread);
     void *argument;
     // Each on a cache line of its own: threads that spin on one must not slow down writers of another.
@@ -146,10 +148,10 @@ static inline void spin_pause(void) {
 
 // Waits until *value is not `old` any more: spins for some microseconds, then lets other threads run, and in the end
 // sleeps, since a worker may wait for a person to type.
-static void wait_for_change(atomic_uint *value, unsigned old) {
-    for (int spins = 0; atomic_load_explicit(value, memory_order_acquire) == old; spins++) {
-        if (spins < 4096) spin_pause();
-        else if (spins < 65536) sched_yield();
+static void wait_for_change(const struct Team *team, atomic_uint *value, unsigned old) {
+    for (int looks = 0; atomic_load_explicit(value, memory_order_acquire) == old; looks++) {
+        if (looks < team->spins) spin_pause();
+        else if (looks < 65536) sched_yield();
         else nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
     }
 }
@@ -161,7 +163,7 @@ static void team_barrier(struct Team *team) {
         atomic_store_explicit(&team->next_item, 0, memory_order_relaxed);
         atomic_store_explicit(&team->epoch, epoch + 1, memory_order_release);
     } else {
-        wait_for_change(&team->epoch, epoch);
+        wait_for_change(team, &team->epoch, epoch);
     }
 }
 
@@ -177,7 +179,7 @@ static void team_run(struct Team *team, void (*job)(void *argument, int thread),
 
 static void team_work(struct Team *team, int thread) {
     for (unsigned seen = 0;; seen++) {
-        wait_for_change(&team->job_number, seen);
+        wait_for_change(team, &team->job_number, seen);
         if (atomic_load(&team->ended)) return;
         team->job(team->argument, thread);
         team_barrier(team);
@@ -243,6 +245,7 @@ static int team_start(struct Team *team, int threads, int (*main_function)(void 
     openblas_set_num_threads(1);   // OpenBLAS is called from inside our own threads, one at a time each
     omp_set_dynamic(0);
     int cpus[MAX_THREADS], cores = list_physical_cores(cpus, MAX_THREADS);
+    team->spins = threads <= cores ? 4096 : 0;   // with fewer cores than threads, the one waited for may not be running
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
@@ -334,7 +337,6 @@ struct Model {
     const float *final_norm;      // [hidden]
     struct Matrix head;           // [vocab, hidden]; the embedding when tied
     struct Layer *layers;         // [num_hidden_layers]
-    uint64_t total_weights;       // weights in the main model (no MTP)
 };
 
 static bool is_mla(const struct ModelConfig *config) { return config->architecture == ARCH_DEEPSEEK_V3; }
@@ -2671,6 +2673,7 @@ static void parse_command_line(struct Command *command, int argc, char **argv) {
         const struct Option *option = find_option(command, argument);
         bool is_long = argument[1] == '-';
         const char *value = is_long ? strchr(argument, '=') : argument[2] ? argument + 1 : NULL;
+        if (!option && isdigit((unsigned char)argument[1])) wrong_usage(command, "%.60s is no option; a text that starts with - goes behind --", argument);
         if (!option) wrong_usage(command, "unknown option %.*s", is_long ? (int)min_size(strcspn(argument, "="), 60) : 2, argument);
         if (option->kind == OPTION_FLAG) {
             if (value) wrong_usage(command, "--%s takes no value, but '%.60s' gives it one", option->name, argument);
@@ -2812,8 +2815,8 @@ static char *read_file(const char *path, size_t *bytes) {
     size_t capacity = 1 << 16;
     char *text = allocate(capacity);
     *bytes = 0;
-    for (size_t got; (got = fread(text + *bytes, 1, capacity - 1 - *bytes, file)) > 0;) {
-        *bytes += got;
+    while (!feof(file) && !ferror(file)) {   // a terminal's end of input comes once: do not read on behind it
+        *bytes += fread(text + *bytes, 1, capacity - 1 - *bytes, file);
         text = grow(text, *bytes + 1, &capacity, 1);
     }
     if (ferror(file)) die("%s: %s", is_input ? "standard input" : path, strerror(errno));
@@ -3475,10 +3478,16 @@ static FILE *open_base(const char *path, const struct BaseHeader *expected) {
 }
 
 // A file that is left unfinished is too short for its header, which open_base() notices.
-static FILE *create_base(const char *path, const struct BaseHeader *header) {
-    FILE *file = fopen(path, "wb");
-    if (!file || fwrite(header, sizeof *header, 1, file) != 1) die("%s: cannot be written: %s", path, strerror(errno));
+// Written beside its final name, which it gets when it is whole.
+static FILE *create_base(const char *path, char *partial, size_t size, const struct BaseHeader *header) {
+    if ((size_t)snprintf(partial, size, "%s.partial", path) >= size) die("%s: the name is too long", path);
+    FILE *file = fopen(partial, "wb");
+    if (!file || fwrite(header, sizeof *header, 1, file) != 1) die("%s: cannot be written: %s", partial, strerror(errno));
     return file;
+}
+
+static void finish_base(FILE *file, const char *partial, const char *path) {
+    if (fclose(file) != 0 || rename(partial, path) != 0) die("%s: cannot be written: %s", path, strerror(errno));
 }
 
 // ---- scoring
@@ -3585,7 +3594,8 @@ static void evaluate(struct Evaluation *e, const struct Model *model) {
     struct BaseHeader header = base_header(windows, vocab);
     if (command->kld) e->base = open_base(command->kld, &header);
     e->session = open_session(command, model, &options);
-    if (command->save_base) e->base = create_base(command->save_base, &header);
+    char partial[4096];
+    if (command->save_base) e->base = create_base(command->save_base, partial, sizeof partial, &header);
     e->base_rows = allocate(e->base ? batch * vocab * sizeof *e->base_rows : 0);
     for (int score = 0; score < (command->kld ? SCORE_COUNT : 1); score++) e->scores[score] = allocate(windows->scored * sizeof(double));
     double started = clock_seconds();
@@ -3595,7 +3605,8 @@ static void evaluate(struct Evaluation *e, const struct Model *model) {
         show_progress(command, "perplexity", (double)done, (double)windows->ids.count, started);
     }
     end_progress(command);
-    if (e->base && fclose(e->base) != 0 && command->save_base) die("%s: cannot be written: %s", command->save_base, strerror(errno));
+    if (command->save_base) finish_base(e->base, partial, command->save_base);
+    else if (e->base) fclose(e->base);
     free(e->base_rows);
     session_free(e->session);
 }
@@ -3932,7 +3943,7 @@ static bool read_prompt(struct Generation *g) {
     bool is_long = active_weights(g->model) * (double)prompt->count > 1e11;
     double started = clock_seconds();
     for (size_t done = 0; done < prompt->count && !interrupted;) {
-        if (is_long) show_progress(g->command, "reading the prompt", (double)done, (double)prompt->count, started);
+        if (is_long || clock_seconds() - started > 1) show_progress(g->command, "reading the prompt", (double)done, (double)prompt->count, started);
         size_t step = min_size(g->session->options.batch, prompt->count - done);
         forward(g->session, prompt->ids + done, step, done + step == prompt->count ? LOGITS_LAST : LOGITS_NONE);
         done += step;
@@ -4071,6 +4082,7 @@ static int command_run(struct Command *command) {
         prompt = input = read_file("-", &bytes);
         if (bytes && input[bytes - 1] == '\n') bytes--;
     }
+    if (!bytes) die("the question is empty");
     int status = run_generation(command, model, prompt, bytes);
     free(input);
     model_close(model);
@@ -4583,6 +4595,9 @@ static int start_command(void *argument) {
 static void prepare_machine(struct Command *command) {
     int cpus[MAX_THREADS];
     if (command->threads == NOT_GIVEN) command->threads = (uint64_t)list_physical_cores(cpus, MAX_THREADS);
+    long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    if (command->kind->computes && processors > 0 && command->threads > (uint64_t)processors)
+        note(command, "%" PRIu64 " threads share %ld processors: fewer would be faster", command->threads, processors);
     command->kernels = choose_kernels(command->isa);
     if (command->kernels) return;
     const struct Kernels *list[MAX_KERNEL_TABLES];
@@ -4603,7 +4618,7 @@ int main(int argc, char **argv) {
         print_help(stderr);
         return 2;
     }
-    bool wants_help = strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0;
+    bool wants_help = strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0;
     if (wants_help || strcmp(argv[1], "--version") == 0) {
         if (wants_help) print_help(stdout);
         else puts("r1 " R1_VERSION);
@@ -4618,6 +4633,10 @@ int main(int argc, char **argv) {
     };
     for (size_t i = 0; i < COMMAND_TOTAL; i++)
         if (strcmp(argv[1], commands[i].name) == 0) command.kind = &commands[i];
+    if (!command.kind && (strcmp(argv[1], "demo") == 0 || access(argv[1], F_OK) == 0)) {
+        fprintf(stderr, "r1: '%.200s' is a model, not a command; ask it something with: r1 run %.200s \"...\"\n", argv[1], argv[1]);
+        return 2;
+    }
     if (!command.kind) {
         fprintf(stderr, "r1: unknown %s '%.60s' (r1 --help lists the commands)\n", argv[1][0] == '-' ? "option" : "command", argv[1]);
         return 2;

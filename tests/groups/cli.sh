@@ -63,7 +63,6 @@ if LC_ALL=C grep -q $'\033' "$scratch/got"; then fail "no colours in a pipe" "th
 timeout 60 "$r1" run demo --temperature 0 --color always "$question" >"$scratch/got" 2>/dev/null </dev/null
 if LC_ALL=C grep -q $'\033' "$scratch/got"; then ok "--color always dims the thinking"; else fail "--color always dims the thinking" "there are no escape sequences"; fi
 rejects "a prompt longer than the context" 1 'context' "$r1" run demo -c 10 "$question" -q
-passes "an empty prompt" "$r1" run demo --temperature 0 -n 200 ""
 
 # ---- sampling
 
@@ -152,3 +151,18 @@ else fail "bench --json" "$said: $(brief "$scratch/error")"; fi
 passes "bench of a known shape, one layer" "$r1" bench r1-distill-qwen-1.5b:q4 --layers 1 --prefill 8 --decode 2
 rejects "bench of an unknown shape" 1 'gpt-9' "$r1" bench gpt-9
 rejects "bench of a shape that does not fit" 1 'memory|GB' "$r1" bench r1:f32
+
+# ---- a person at a terminal
+
+if command -v script >/dev/null; then
+    # A line, one Ctrl-D; then silence, as from somebody who waits for the answer.
+    { sleep 0.3; printf 'What is 2+2?\n'; sleep 0.3; printf '\004'; sleep 4; } 2>/dev/null |
+        timeout 4 script -qec "$r1 run demo -q --temperature 0" /dev/null >"$scratch/terminal" 2>/dev/null
+    if grep -q '2 + 2 = 4' "$scratch/terminal"; then ok "one Ctrl-D sends a question typed at a terminal"
+    else fail "one Ctrl-D sends a question typed at a terminal" "no answer: $(brief "$scratch/terminal")"; fi
+else
+    skip "one Ctrl-D sends a question typed at a terminal" "script (of util-linux) is not installed"
+fi
+rejects "an empty question" 1 "question is empty" "$r1" run demo ""
+rejects "a model where a command belongs" 2 "r1 run demo" "$r1" demo "What is 2+2?"
+rejects "a question that starts with -" 2 "behind --" "$r1" run demo "-5 + 3"
