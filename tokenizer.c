@@ -81,6 +81,12 @@ static size_t scan_utf8(const uint8_t *bytes, size_t count, Utf8State *state) {
     return length;
 }
 
+static bool is_valid_utf8(const uint8_t *bytes, size_t count) {
+    Utf8State state = UTF8_VALID;
+    for (size_t i = 0; i < count && state == UTF8_VALID;) i += scan_utf8(bytes + i, count - i, &state);
+    return state == UTF8_VALID;
+}
+
 // Writes one sentence into error: control characters and broken UTF-8, which names taken from a file may hold, are masked.
 // Always false, so that a caller can return it.
 __attribute__((format(printf, 3, 4)))
@@ -462,6 +468,9 @@ static bool load_tokens(Tokenizer *tokenizer, uint32_t piece_bytes, char *error,
         if (flags & TOKEN_ADDED && (start == end || end - start > MAX_ADDED_BYTES))
             return fail(error, error_size, "tokenizer: the added token of id %u has %u bytes, expected 1 to %u", id,
                         end - start, MAX_ADDED_BYTES);
+        // Half a character would cut the text in the middle of one, and the regexes are told that they get whole ones.
+        if (flags & TOKEN_ADDED && !is_valid_utf8(tokenizer->pieces + start, end - start))
+            return fail(error, error_size, "tokenizer: the added token of id %u is not UTF-8", id);
         words += (flags & TOKEN_WORD) != 0;
     }
     if (end != piece_bytes)

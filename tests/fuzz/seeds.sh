@@ -34,3 +34,6 @@ echo '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [[
 tar -xJOf tests/tokenizers/goldens.tar.xz deepseek_r1.golden | awk -F '\t' 'NR % 8 == 0 && length($1) < 600 { print $1 }' | head -n 90 |
     { n=0; while read -r hex; do n=$((n + 1)); printf "$(sed 's/../\\x&/g' <<<"$hex")" >"$seeds/tokenizer_text/$n"; done; }
 printf '<｜User｜>hi<think>\xff\xfe</think><｜Assistant｜>' >"$seeds/tokenizer_text/markup"
+
+# What fuzzing once found: a mended bug must not come back.
+for target in tests/fuzz/known/*/; do cp "$target"* "$seeds/$(basename "$target")/"; done
