@@ -274,12 +274,6 @@ static int team_start(struct Team *team, int threads, int (*main_function)(void 
 // field of struct Model, with its shape and dtype verified; no later code looks at names or offsets.
 // ====================================================================================================================
 
-#define MAX_LAYERS 1024
-#define MAX_DIMENSION (1u << 20)  // of any hidden, intermediate or head size
-#define MAX_VOCAB (1u << 24)
-#define MAX_EXPERTS 4096
-#define MAX_ACTIVE_EXPERTS 64
-
 // A matrix as panels: see format.h.
 struct Matrix {
     const uint8_t *data;
@@ -353,84 +347,6 @@ static size_t value_dim(const struct ModelConfig *c) { return is_mla(c) ? c->v_h
 static const char *architecture_name(uint32_t architecture) {
     static const char *const names[] = {"none", "deepseek_v3", "qwen2", "llama", "qwen3"};
     return architecture < sizeof names / sizeof *names ? names[architecture] : "unknown";
-}
-
-static bool check_range(const char *field, uint64_t value, uint64_t least, uint64_t most, char *error) {
-    if (value >= least && value <= most) return true;
-    return fail(error, "config: %s is %" PRIu64 ", expected %" PRIu64 " to %" PRIu64, field, value, least, most);
-}
-
-static bool check_number(const char *field, double value, double least, double most, char *error) {
-    if (value >= least && value <= most) return true;    // false for NaN
-    return fail(error, "config: %s is %g, expected %g to %g", field, value, least, most);
-}
-
-// Everything that later code relies on: no size can overflow a product, no divisor is zero.
-static bool check_config(const struct ModelConfig *c, char *error) {
-#define RANGE(field, least, most) if (!check_range(#field, c->field, least, most, error)) return false
-#define NUMBER(field, least, most) if (!check_number(#field, c->field, least, most, error)) return false
-    RANGE(architecture, ARCH_DEEPSEEK_V3, ARCH_QWEN3);
-    RANGE(recipe, 0, DTYPE_COUNT - 1);
-    RANGE(hidden_size, 32, MAX_DIMENSION);
-    RANGE(intermediate_size, c->n_routed_experts && !c->first_k_dense_replace ? 0 : 32, MAX_DIMENSION);
-    RANGE(num_hidden_layers, 1, MAX_LAYERS);
-    RANGE(num_attention_heads, 1, 4096);
-    RANGE(vocab_size, 1, MAX_VOCAB);
-    RANGE(max_position_embeddings, 1, 1u << 24);
-    RANGE(tie_word_embeddings, 0, 1);
-    RANGE(attention_bias, 0, 1);
-    RANGE(qk_norm, 0, 1);
-    RANGE(norm_topk_prob, 0, 1);
-    RANGE(num_nextn_predict_layers, 0, 16);
-    RANGE(rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
-    NUMBER(rms_norm_eps, 0, 1);
-    NUMBER(rope_theta, 1, 1e12);
-    if (c->rope_scaling != ROPE_PLAIN) {
-        NUMBER(rope_factor, 1, 1e6);
-        RANGE(rope_original_max_position_embeddings, 1, 1u << 24);
-    }
-    if (c->rope_scaling == ROPE_YARN) {
-        NUMBER(rope_beta_fast, 1e-6, 1e6);
-        NUMBER(rope_beta_slow, 1e-6, 1e6);
-        NUMBER(rope_mscale, 0, 100);
-        NUMBER(rope_mscale_all_dim, 0, 100);
-        NUMBER(rope_attn_factor, 1e-6, 100);
-    }
-    if (c->rope_scaling == ROPE_LLAMA3) {
-        NUMBER(rope_low_freq_factor, 1e-6, 1e6);
-        NUMBER(rope_high_freq_factor, 1e-6, 1e6);
-        if (c->rope_high_freq_factor == c->rope_low_freq_factor)
-            return fail(error, "config: rope_high_freq_factor equals rope_low_freq_factor (%g)", c->rope_low_freq_factor);
-    }
-    if (is_mla(c)) {
-        RANGE(q_lora_rank, 0, MAX_DIMENSION);
-        RANGE(kv_lora_rank, 32, 4096);
-        RANGE(qk_nope_head_dim, 32, 1024);
-        RANGE(qk_rope_head_dim, 2, 1024);
-        RANGE(v_head_dim, 1, 1024);
-        if (c->qk_rope_head_dim % 2) return fail(error, "config: qk_rope_head_dim is %u, expected an even number", c->qk_rope_head_dim);
-    } else {
-        RANGE(num_key_value_heads, 1, c->num_attention_heads);
-        RANGE(head_dim, 2, 1024);
-        if (c->head_dim % 2) return fail(error, "config: head_dim is %u, expected an even number", c->head_dim);
-        if (c->num_attention_heads % c->num_key_value_heads)
-            return fail(error, "config: %u attention heads do not divide into %u key-value heads", c->num_attention_heads,
-                        c->num_key_value_heads);
-    }
-    RANGE(n_routed_experts, 0, MAX_EXPERTS);
-    if (c->n_routed_experts) {
-        RANGE(n_shared_experts, 0, 64);
-        RANGE(moe_intermediate_size, 32, MAX_DIMENSION / 64);
-        RANGE(n_group, 1, c->n_routed_experts);
-        RANGE(topk_group, 1, c->n_group);
-        if (c->n_routed_experts % c->n_group)
-            return fail(error, "config: %u experts do not divide into %u groups", c->n_routed_experts, c->n_group);
-        RANGE(num_experts_per_tok, 1, min_size(MAX_ACTIVE_EXPERTS, (size_t)c->n_routed_experts / c->n_group * c->topk_group));
-        NUMBER(routed_scaling_factor, 1e-6, 1e6);
-    }
-#undef RANGE
-#undef NUMBER
-    return true;
 }
 
 // ---- reading the file

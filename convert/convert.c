@@ -7,6 +7,7 @@
 // synced.
 
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -80,45 +81,46 @@ static bool fail_key(const Keys *keys, const char *key, const char *expected) {
                 show_value(json_object_get(keys->object, key), text, sizeof text));
 }
 
-static bool read_real(const Keys *keys, const char *key, double least, double most, double *out) {
+// A key that config.json must have, if only as null.
+static bool need_key(const Keys *keys, const char *key) {
+    return json_object_get(keys->object, key) || fail(keys->failure, "%s: key %s%s is missing", keys->path, keys->within, key);
+}
+
+// Ranges are left to check_config(), which r1 applies to the finished file.
+static bool read_real(const Keys *keys, const char *key, double *out) {
+    if (!need_key(keys, key)) return false;
     const json_t *value = get_key(keys, key);
-    double number = json_number_value(value);
-    if (!json_is_number(value) || !(number >= least && number <= most)) {
-        char expected[80];
-        snprintf(expected, sizeof expected, "a number from %g to %g", least, most);
-        return fail_key(keys, key, expected);
-    }
-    *out = number;
+    if (!json_is_number(value)) return fail_key(keys, key, "a number");
+    *out = json_number_value(value);
     return true;
 }
 
-static bool read_real_or(const Keys *keys, const char *key, double least, double most, double fallback, double *out) {
+static bool read_real_or(const Keys *keys, const char *key, double fallback, double *out) {
     *out = fallback;
-    return !get_key(keys, key) || read_real(keys, key, least, most, out);
+    return !get_key(keys, key) || read_real(keys, key, out);
 }
 
-static bool read_count(const Keys *keys, const char *key, uint32_t least, uint32_t most, uint32_t *out) {
+static bool read_count(const Keys *keys, const char *key, uint32_t *out) {
+    if (!need_key(keys, key)) return false;
     const json_t *value = get_key(keys, key);
     double number = json_number_value(value);
-    if (!json_is_number(value) || !(number >= least && number <= most) || number != floor(number)) {
-        char expected[80];
-        snprintf(expected, sizeof expected, "a whole number from %u to %u", least, most);
-        return fail_key(keys, key, expected);
+    if (!json_is_number(value) || !(number >= 0 && number <= UINT32_MAX) || number != floor(number)) {
+        return fail_key(keys, key, "a whole number from 0 to 4294967295");
     }
     *out = (uint32_t)number;
     return true;
 }
 
-static bool read_count_or(const Keys *keys, const char *key, uint32_t least, uint32_t most, uint32_t fallback,
-                          uint32_t *out) {
+static bool read_count_or(const Keys *keys, const char *key, uint32_t fallback, uint32_t *out) {
     *out = fallback;
-    return !get_key(keys, key) || read_count(keys, key, least, most, out);
+    return !get_key(keys, key) || read_count(keys, key, out);
 }
 
-static bool read_flag_or(const Keys *keys, const char *key, bool fallback, uint32_t *out) {
+static bool read_flag(const Keys *keys, const char *key, uint32_t *out) {
+    if (!need_key(keys, key)) return false;
     const json_t *value = get_key(keys, key);
-    if (value && !json_is_boolean(value)) return fail_key(keys, key, "true or false");
-    *out = value ? json_is_true(value) : fallback;
+    if (!json_is_boolean(value)) return fail_key(keys, key, "true or false");
+    *out = json_is_true(value);
     return true;
 }
 
@@ -171,10 +173,8 @@ static bool read_architecture(const Keys *keys, struct ModelConfig *config) {
                 show_value(type, text, sizeof text), known);
 }
 
-// rope_theta and the scaling, from the keys as published (rope_theta, rope_scaling) or as transformers 5 writes them
-// (rope_parameters).
-static bool read_rope(const Keys *keys, struct ModelConfig *config) {
-    const char *key = get_key(keys, "rope_parameters") ? "rope_parameters" : "rope_scaling";
+// rope_theta and the scaling from `key`, an object that may be absent.
+static bool read_rope_object(const Keys *keys, const char *key, struct ModelConfig *config) {
     const json_t *object = get_key(keys, key), *value;
     if (object && !json_is_object(object)) return fail_key(keys, key, "an object or null");
     char within[24];
@@ -188,29 +188,32 @@ static bool read_rope(const Keys *keys, struct ModelConfig *config) {
     }
     double theta;
     if (!expect_one(keys, "partial_rotary_factor") || !expect_one(&rope, "partial_rotary_factor") ||
-        !read_real_or(keys, "rope_theta", 1.0001, 1e15, 10000.0, &theta) ||
-        !read_real_or(&rope, "rope_theta", 1.0001, 1e15, theta, &config->rope_theta)) {
+        !read_real_or(keys, "rope_theta", 10000.0, &theta) ||
+        !read_real_or(&rope, "rope_theta", theta, &config->rope_theta)) {
         return false;
+    }
+    if (get_key(keys, "rope_theta") && config->rope_theta != theta) {
+        return fail(keys->failure, "%s: rope_theta is %.10g, but %srope_theta is %.10g", keys->path, theta, within,
+                    config->rope_theta);
     }
     const char *kind_key = get_key(&rope, "rope_type") ? "rope_type" : "type";
     const json_t *kind_value = get_key(&rope, kind_key);
     const char *kind = kind_value ? json_string_value(kind_value) : "default";
-    uint32_t original = 0;
     if (kind && strcmp(kind, "default") == 0) return true;
     if (kind && strcmp(kind, "yarn") == 0) {
         config->rope_scaling = ROPE_YARN;
         double attention;
-        if (!read_real(&rope, "factor", 1.0, 1e6, &config->rope_factor) ||
-            !read_count(&rope, "original_max_position_embeddings", 1, 1u << 30, &original) ||
-            !read_real_or(&rope, "beta_fast", 1e-3, 1e6, 32.0, &config->rope_beta_fast) ||
-            !read_real_or(&rope, "beta_slow", 1e-3, 1e6, 1.0, &config->rope_beta_slow) ||
-            !read_real_or(&rope, "mscale", 0.0, 1e3, 0.0, &config->rope_mscale) ||
-            !read_real_or(&rope, "mscale_all_dim", 0.0, 1e3, 0.0, &config->rope_mscale_all_dim) ||
-            !read_real_or(&rope, "attn_factor", 1e-3, 1e3, 1.0, &config->rope_attn_factor) ||
-            !read_real_or(&rope, "attention_factor", 1e-3, 1e3, 0.0, &attention) || !expect_flag(&rope, "truncate", true)) {
+        if (!read_real(&rope, "factor", &config->rope_factor) ||
+            !read_count(&rope, "original_max_position_embeddings", &config->rope_original_max_position_embeddings) ||
+            !read_real_or(&rope, "beta_fast", 32.0, &config->rope_beta_fast) ||
+            !read_real_or(&rope, "beta_slow", 1.0, &config->rope_beta_slow) ||
+            !read_real_or(&rope, "mscale", 0.0, &config->rope_mscale) ||
+            !read_real_or(&rope, "mscale_all_dim", 0.0, &config->rope_mscale_all_dim) ||
+            !read_real_or(&rope, "attn_factor", 1.0, &config->rope_attn_factor) ||
+            !read_real_or(&rope, "attention_factor", 0.0, &attention) || !expect_flag(&rope, "truncate", true)) {
             return false;
         }
-        if (attention > 0) {
+        if (get_key(&rope, "attention_factor")) {
             // It is the factor of cos and sin itself. The engine multiplies rope_attn_factor with YaRN's own, unless both
             // mscales are there.
             config->rope_attn_factor = attention / (0.1 * log(config->rope_factor) + 1.0);
@@ -218,10 +221,10 @@ static bool read_rope(const Keys *keys, struct ModelConfig *config) {
         }
     } else if (kind && strcmp(kind, "llama3") == 0) {
         config->rope_scaling = ROPE_LLAMA3;
-        if (!read_real(&rope, "factor", 1.0, 1e6, &config->rope_factor) ||
-            !read_count(&rope, "original_max_position_embeddings", 1, 1u << 30, &original) ||
-            !read_real(&rope, "low_freq_factor", 1e-3, 1e6, &config->rope_low_freq_factor) ||
-            !read_real(&rope, "high_freq_factor", 1e-3, 1e6, &config->rope_high_freq_factor)) {
+        if (!read_real(&rope, "factor", &config->rope_factor) ||
+            !read_count(&rope, "original_max_position_embeddings", &config->rope_original_max_position_embeddings) ||
+            !read_real(&rope, "low_freq_factor", &config->rope_low_freq_factor) ||
+            !read_real(&rope, "high_freq_factor", &config->rope_high_freq_factor)) {
             return false;
         }
         if (config->rope_high_freq_factor <= config->rope_low_freq_factor) {
@@ -230,44 +233,75 @@ static bool read_rope(const Keys *keys, struct ModelConfig *config) {
     } else {
         return fail_key(&rope, kind_key, "\"default\", \"yarn\" or \"llama3\"");
     }
-    config->rope_original_max_position_embeddings = original;
     return true;
 }
 
+// The rotation, from the keys as published (rope_theta, rope_scaling) or as transformers 5 writes them (rope_parameters).
+static bool read_rope(const Keys *keys, struct ModelConfig *config) {
+    bool published = get_key(keys, "rope_scaling"), later = get_key(keys, "rope_parameters");
+    struct ModelConfig other = *config;
+    if (!read_rope_object(keys, later ? "rope_parameters" : "rope_scaling", config)) return false;
+    if (!published || !later) return true;
+    if (!read_rope_object(keys, "rope_scaling", &other)) return false;
+    return memcmp(&other, config, sizeof other) == 0 ||
+           fail(keys->failure, "%s: rope_scaling and rope_parameters contradict each other", keys->path);
+}
+
+// YaRN blends two frequencies along a ramp over the dimensions; init_rope() in r1.c computes the same ends of it. With
+// an original context of a few tokens it would end before it starts, which programs read in different ways.
+static bool check_yarn_ramp(const Keys *keys, const struct ModelConfig *c) {
+    if (c->rope_scaling != ROPE_YARN) return true;
+    if (c->rope_beta_fast < c->rope_beta_slow) {
+        return fail(keys->failure, "%s: YaRN's beta_fast is %g, expected beta_slow (%g) or more", keys->path,
+                    c->rope_beta_fast, c->rope_beta_slow);
+    }
+    double dim = c->architecture == ARCH_DEEPSEEK_V3 ? c->qk_rope_head_dim : c->head_dim;
+    double original = c->rope_original_max_position_embeddings, scale = dim / (2 * log(c->rope_theta));
+    double start = fmax(floor(scale * log(original / (c->rope_beta_fast * 2 * M_PI))), 0);
+    double end = fmin(ceil(scale * log(original / (c->rope_beta_slow * 2 * M_PI))), dim - 1);
+    return end >= start ||
+           fail(keys->failure,
+                "%s: original_max_position_embeddings is too small: with %.0f tokens YaRN's ramp would start at dimension "
+                "%.0f and end at %.0f",
+                keys->path, original, start, end);
+}
+
+// transformers has defaults for many of these keys, those of DeepSeek-V3, and guesses of ours might differ: all must be
+// there. null means "none" where the architecture knows that.
 static bool read_deepseek(const Keys *keys, struct ModelConfig *config) {
     if (!expect_text(keys, "scoring_func", "sigmoid") || !expect_text(keys, "topk_method", "noaux_tc") ||
         !expect_one(keys, "moe_layer_freq") || !expect_flag(keys, "rope_interleave", true) ||
-        !read_count_or(keys, "q_lora_rank", 0, 1u << 20, 0, &config->q_lora_rank) ||
-        !read_count(keys, "kv_lora_rank", 1, 1u << 20, &config->kv_lora_rank) ||
-        !read_count(keys, "qk_nope_head_dim", 1, 1u << 16, &config->qk_nope_head_dim) ||
-        !read_count(keys, "qk_rope_head_dim", 2, 1u << 16, &config->qk_rope_head_dim) ||
-        !read_count(keys, "v_head_dim", 1, 1u << 16, &config->v_head_dim) ||
-        !read_count_or(keys, "n_routed_experts", 0, 65535, 0, &config->n_routed_experts) ||
-        !read_count_or(keys, "num_nextn_predict_layers", 0, 64, 0, &config->num_nextn_predict_layers)) {
+        !need_key(keys, "q_lora_rank") || !read_count_or(keys, "q_lora_rank", 0, &config->q_lora_rank) ||
+        !read_count(keys, "kv_lora_rank", &config->kv_lora_rank) ||
+        !read_count(keys, "qk_nope_head_dim", &config->qk_nope_head_dim) ||
+        !read_count(keys, "qk_rope_head_dim", &config->qk_rope_head_dim) ||
+        !read_count(keys, "v_head_dim", &config->v_head_dim) || !need_key(keys, "n_routed_experts") ||
+        !read_count_or(keys, "n_routed_experts", 0, &config->n_routed_experts) ||
+        !read_count_or(keys, "num_nextn_predict_layers", 0, &config->num_nextn_predict_layers)) {
         return false;
     }
-    if (config->qk_rope_head_dim % 2) return fail_key(keys, "qk_rope_head_dim", "an even number");
     if (config->n_routed_experts == 0) {
         config->first_k_dense_replace = config->num_hidden_layers;
         return true;
     }
-    uint32_t experts = config->n_routed_experts;
-    if (!read_count_or(keys, "n_shared_experts", 0, 256, 0, &config->n_shared_experts) ||
-        !read_count(keys, "moe_intermediate_size", 1, 1u << 20, &config->moe_intermediate_size) ||
-        !read_count(keys, "first_k_dense_replace", 0, config->num_hidden_layers, &config->first_k_dense_replace) ||
-        !read_count_or(keys, "n_group", 1, experts, 1, &config->n_group) ||
-        !read_count_or(keys, "topk_group", 1, config->n_group, 1, &config->topk_group) ||
-        !read_flag_or(keys, "norm_topk_prob", true, &config->norm_topk_prob) ||
-        !read_real_or(keys, "routed_scaling_factor", 1e-6, 1e6, 1.0, &config->routed_scaling_factor)) {
+    if (!need_key(keys, "n_shared_experts") || !read_count_or(keys, "n_shared_experts", 0, &config->n_shared_experts) ||
+        !read_count(keys, "moe_intermediate_size", &config->moe_intermediate_size) ||
+        !read_count(keys, "first_k_dense_replace", &config->first_k_dense_replace) ||
+        !read_count(keys, "num_experts_per_tok", &config->num_experts_per_tok) || !need_key(keys, "n_group") ||
+        !read_count_or(keys, "n_group", 1, &config->n_group) || !need_key(keys, "topk_group") ||
+        !read_count_or(keys, "topk_group", 1, &config->topk_group) ||
+        !read_flag(keys, "norm_topk_prob", &config->norm_topk_prob) ||
+        !read_real(keys, "routed_scaling_factor", &config->routed_scaling_factor)) {
         return false;
     }
-    if (experts % config->n_group) return fail_key(keys, "n_group", "a divisor of n_routed_experts");
+    if (config->first_k_dense_replace > config->num_hidden_layers) {
+        return fail_key(keys, "first_k_dense_replace", "num_hidden_layers or less");
+    }
     // A group's score is the sum of its two best experts.
-    if (config->n_group > 1 && experts / config->n_group < 2) {
+    if (config->n_group > 1 && config->n_routed_experts / config->n_group < 2) {
         return fail_key(keys, "n_group", "two experts a group or more");
     }
-    return read_count(keys, "num_experts_per_tok", 1, experts / config->n_group * config->topk_group,
-                      &config->num_experts_per_tok);
+    return true;
 }
 
 static bool read_gqa(const Keys *keys, struct ModelConfig *config) {
@@ -284,14 +318,11 @@ static bool read_gqa(const Keys *keys, struct ModelConfig *config) {
         }
     }
     uint32_t heads = config->num_attention_heads;
-    bool divides = config->hidden_size % heads == 0;
-    if (!get_key(keys, "head_dim") && !divides) return fail_key(keys, "num_attention_heads", "a divisor of hidden_size");
-    if (!read_count_or(keys, "head_dim", 2, 1u << 14, config->hidden_size / heads, &config->head_dim)) return false;
-    if (config->head_dim % 2) {
-        return fail(keys->failure, "%s: head_dim: expected an even number, got %u", keys->path, config->head_dim);
-    }
-    if (heads % config->num_key_value_heads) {
-        return fail_key(keys, "num_key_value_heads", "a divisor of num_attention_heads");
+    if (get_key(keys, "head_dim")) {
+        if (!read_count(keys, "head_dim", &config->head_dim)) return false;
+    } else if (heads) {
+        if (config->hidden_size % heads) return fail_key(keys, "num_attention_heads", "a divisor of hidden_size");
+        config->head_dim = config->hidden_size / heads;
     }
     config->attention_bias = config->architecture == ARCH_QWEN2;
     config->qk_norm = config->architecture == ARCH_QWEN3;
@@ -319,19 +350,20 @@ static bool read_config(const Keys *keys, struct ModelConfig *config) {
         !expect_flag(keys, "mlp_bias", false) ||
         // qwen2 always has biases on q, k and v, and its config.json has no such key.
         (config->architecture != ARCH_QWEN2 && !expect_flag(keys, "attention_bias", false)) || !check_quantization(keys) ||
-        !read_count(keys, "hidden_size", 1, 1u << 20, &config->hidden_size) ||
-        !read_count(keys, "intermediate_size", 1, 1u << 24, &config->intermediate_size) ||
-        !read_count(keys, "num_hidden_layers", 1, 4096, &config->num_hidden_layers) ||
-        !read_count(keys, "num_attention_heads", 1, 1u << 14, &config->num_attention_heads) ||
-        !read_count_or(keys, "num_key_value_heads", 1, 1u << 14, config->num_attention_heads,
-                       &config->num_key_value_heads) ||
-        !read_count(keys, "vocab_size", 1, 1u << 24, &config->vocab_size) ||
-        !read_count(keys, "max_position_embeddings", 1, 1u << 30, &config->max_position_embeddings) ||
-        !read_flag_or(keys, "tie_word_embeddings", false, &config->tie_word_embeddings) ||
-        !read_real(keys, "rms_norm_eps", 1e-20, 1.0, &config->rms_norm_eps) || !read_rope(keys, config)) {
+        !read_count(keys, "hidden_size", &config->hidden_size) ||
+        !read_count(keys, "intermediate_size", &config->intermediate_size) ||
+        !read_count(keys, "num_hidden_layers", &config->num_hidden_layers) ||
+        !read_count(keys, "num_attention_heads", &config->num_attention_heads) ||
+        !read_count_or(keys, "num_key_value_heads", config->num_attention_heads, &config->num_key_value_heads) ||
+        !read_count(keys, "vocab_size", &config->vocab_size) ||
+        !read_count(keys, "max_position_embeddings", &config->max_position_embeddings) ||
+        (get_key(keys, "tie_word_embeddings") && !read_flag(keys, "tie_word_embeddings", &config->tie_word_embeddings)) ||
+        !read_real(keys, "rms_norm_eps", &config->rms_norm_eps) || !read_rope(keys, config)) {
         return false;
     }
-    return config->architecture == ARCH_DEEPSEEK_V3 ? read_deepseek(keys, config) : read_gqa(keys, config);
+    if (!(config->architecture == ARCH_DEEPSEEK_V3 ? read_deepseek(keys, config) : read_gqa(keys, config))) return false;
+    char why[CONFIG_ERROR_BYTES];
+    return (check_config(config, why) || fail(keys->failure, "%s: %s", keys->path, why)) && check_yarn_ramp(keys, config);
 }
 
 // ------------------------------------------------------------------------------------------------ config and tokenizer
@@ -476,8 +508,10 @@ typedef struct {
 
 typedef struct {
     const Checkpoint *checkpoint;
+    bool *used;                          // of each tensor of the checkpoint: whether the plan reads it or knows it as a copy
     struct ModelConfig *config;
     uint32_t recipe;
+    bool cut;                            // --layers: tensors of later layers are left out
     bool routed;                         // a mixture-of-experts model
     Planned *tensors;
     size_t count, capacity;
@@ -551,6 +585,7 @@ static bool find_source(const Plan *plan, const char *name, unsigned dimensions,
                     name, (unsigned long long)cols, K_GROUP);
     }
     *source = (Source){weight, NULL};
+    plan->used[weight - plan->checkpoint->tensors] = true;
     if (weight->dtype != SOURCE_F8) return true;
     char scale_name[160];
     snprintf(scale_name, sizeof scale_name, "%s_scale_inv", name);
@@ -562,6 +597,7 @@ static bool find_source(const Plan *plan, const char *name, unsigned dimensions,
                     scale_name, scale->dtype_text);
     }
     source->scale = scale;
+    plan->used[scale - plan->checkpoint->tensors] = true;
     return true;
 }
 
@@ -732,7 +768,13 @@ static bool plan_feed_forward(Plan *plan, uint32_t layer) {
         !plan_layer_vector(plan, layer, "mlp.gate.e_score_correction_bias", c->n_routed_experts)) {
         return false;
     }
-    if (c->n_shared_experts) {
+    if (!c->n_shared_experts) {
+        snprintf(name, sizeof name, "model.layers.%u.mlp.shared_experts.gate_proj.weight", layer);
+        if (find_tensor(plan->checkpoint, name)) {
+            return fail(plan->failure, "%s/config.json: n_shared_experts counts none, but there is tensor %s",
+                        plan->checkpoint->directory, name);
+        }
+    } else {
         snprintf(name, sizeof name, "model.layers.%u.mlp.shared_experts", layer);
         if (!plan_network(plan, role_in_layer(plan, layer, ROLE_SHARED), name, false, 1,
                           (uint64_t)c->moe_intermediate_size * c->n_shared_experts, false)) {
@@ -768,21 +810,38 @@ static bool compare_tensors(const Plan *plan, const SourceTensor *a, const Sourc
     return ok;
 }
 
+// Whether two matrices [vocab_size, hidden_size] of the checkpoint are the same; *same is false where types differ.
+static bool compare_tables(const Plan *plan, const char *name, const char *other_name, bool *same) {
+    uint64_t rows = plan->config->vocab_size, cols = plan->config->hidden_size;
+    Source table = {0}, other = {0};
+    if (!find_source(plan, name, 2, rows, cols, &table) || !find_source(plan, other_name, 2, rows, cols, &other) ||
+        !compare_tensors(plan, table.weight, other.weight, same)) {
+        return false;
+    }
+    return !*same || !table.scale || compare_tensors(plan, table.scale, other.scale, same);
+}
+
 // A copy that an MTP layer carries of a matrix of the main model: kept only where it differs, in R1 it is 0.9 GB of the
 // same.
 static bool plan_copy(Plan *plan, uint32_t layer, const char *name, const char *original) {
-    uint64_t rows = plan->config->vocab_size, cols = plan->config->hidden_size;
     char full[96];
     snprintf(full, sizeof full, "model.layers.%u.%s.weight", layer, name);
     if (!find_tensor(plan->checkpoint, full)) return true;
-    Source copy, main;
-    bool same = false, same_scale = true;
-    if (!find_source(plan, full, 2, rows, cols, &copy) || !find_source(plan, original, 2, rows, cols, &main) ||
-        !compare_tensors(plan, copy.weight, main.weight, &same)) {
-        return false;
+    bool same = false;
+    if (!compare_tables(plan, full, original, &same)) return false;
+    return same || plan_matrix(plan, ROLE_MTP, full, plan->config->vocab_size, plan->config->hidden_size, false);
+}
+
+// A head that config.json calls tied may be in the checkpoint all the same. Where it differs from the embedding,
+// transformers 5 uses it, and so do we.
+static bool plan_head(Plan *plan) {
+    struct ModelConfig *c = plan->config;
+    if (c->tie_word_embeddings && find_tensor(plan->checkpoint, "lm_head.weight")) {
+        bool same = false;
+        if (!compare_tables(plan, "lm_head.weight", "model.embed_tokens.weight", &same)) return false;
+        c->tie_word_embeddings = same;
     }
-    if (same && copy.scale && !compare_tensors(plan, copy.scale, main.scale, &same_scale)) return false;
-    return (same && same_scale) || plan_matrix(plan, ROLE_MTP, full, rows, cols, false);
+    return c->tie_word_embeddings || plan_matrix(plan, ROLE_HEAD, "lm_head.weight", c->vocab_size, c->hidden_size, false);
 }
 
 static bool plan_mtp_layer(Plan *plan, uint32_t layer) {
@@ -806,23 +865,68 @@ static bool has_mtp_tensors(const Plan *plan) {
     return false;
 }
 
+// Old checkpoints carry RoPE's frequencies, which follow from config.json.
+static bool is_frequencies(const char *name) {
+    const char suffix[] = "rotary_emb.inv_freq";
+    size_t length = strlen(name);
+    return length >= sizeof suffix - 1 && strcmp(name + length - (sizeof suffix - 1), suffix) == 0;
+}
+
+// Whether a tensor is of a layer behind those of the plan, and of which.
+static bool is_beyond(const Plan *plan, const char *name, uint32_t *layer) {
+    char digits[10];
+    int end = 0;
+    if (sscanf(name, "model.layers.%9[0-9].%n", digits, &end) != 1 || end == 0) return false;
+    *layer = (uint32_t)strtoul(digits, NULL, 10);
+    return *layer >= plan->config->num_hidden_layers + plan->config->num_nextn_predict_layers;
+}
+
+// Tensors that the plan does not know mean that the model is not what config.json makes of it.
+static bool check_unused(const Plan *plan) {
+    const SourceTensor *first = NULL;
+    size_t count = 0;
+    uint32_t layer;
+    for (size_t i = 0; i < plan->checkpoint->tensor_count; i++) {
+        const SourceTensor *tensor = &plan->checkpoint->tensors[i];
+        if (plan->used[i] || is_frequencies(tensor->name) || (plan->cut && is_beyond(plan, tensor->name, &layer))) continue;
+        if (count++ == 0) first = tensor;
+    }
+    if (!first) return true;
+    char more[40] = "";
+    if (count > 1) snprintf(more, sizeof more, " (and %zu more)", count - 1);
+    if (is_beyond(plan, first->name, &layer)) {
+        return fail(plan->failure,
+                    "%s: tensor %s%s: layer %u lies beyond those of config.json (num_hidden_layers %u, "
+                    "num_nextn_predict_layers %u)",
+                    shard_path(plan, first), first->name, more, layer, plan->config->num_hidden_layers,
+                    plan->config->num_nextn_predict_layers);
+    }
+    return fail(plan->failure, "%s: tensor %s is not part of this architecture%s", shard_path(plan, first), first->name, more);
+}
+
 static bool make_plan(Plan *plan, bool quiet) {
     struct ModelConfig *c = plan->config;
+    const struct ModelConfig told = *c;
     plan->routed = c->n_routed_experts > 0;
-    if (c->num_nextn_predict_layers && !has_mtp_tensors(plan)) {
-        if (!quiet) fprintf(stderr, "r1-convert: the checkpoint has no MTP layer, though its config.json tells of one\n");
-        c->num_nextn_predict_layers = 0;
+    if (!(plan->used = calloc(plan->checkpoint->tensor_count + 1, sizeof *plan->used))) {
+        return fail(plan->failure, "out of memory");
     }
+    if (c->num_nextn_predict_layers && !has_mtp_tensors(plan)) c->num_nextn_predict_layers = 0;
     if (!plan_matrix(plan, ROLE_EMBEDDING, "model.embed_tokens.weight", c->vocab_size, c->hidden_size, false)) return false;
     for (uint32_t layer = 0; layer < c->num_hidden_layers; layer++) {
         if (!plan_layer(plan, layer)) return false;
     }
-    if (!plan_vector(plan, ROLE_NORM, "model.norm.weight", c->hidden_size)) return false;
-    if (!c->tie_word_embeddings && !plan_matrix(plan, ROLE_HEAD, "lm_head.weight", c->vocab_size, c->hidden_size, false)) {
-        return false;
-    }
+    if (!plan_vector(plan, ROLE_NORM, "model.norm.weight", c->hidden_size) || !plan_head(plan)) return false;
     for (uint32_t i = 0; i < c->num_nextn_predict_layers; i++) {
         if (!plan_mtp_layer(plan, c->num_hidden_layers + i)) return false;
+    }
+    if (!check_unused(plan)) return false;
+    if (told.num_nextn_predict_layers != c->num_nextn_predict_layers && !quiet) {
+        fprintf(stderr, "r1-convert: note: the checkpoint has no MTP layer, though its config.json tells of one\n");
+    }
+    if (told.tie_word_embeddings != c->tie_word_embeddings && !quiet) {
+        fprintf(stderr, "r1-convert: note: lm_head.weight differs from the embedding and is kept, though config.json says "
+                "tie_word_embeddings\n");
     }
     return true;
 }
@@ -848,6 +952,7 @@ static bool place_tensors(Plan *plan, size_t tokenizer_bytes) {
 static void free_plan(Plan *plan) {
     for (size_t i = 0; i < plan->count; i++) free(plan->tensors[i].sources);
     free(plan->tensors);
+    free(plan->used);
 }
 
 // ----------------------------------------------------------------------------------------------------- reading sources
@@ -1357,6 +1462,8 @@ static bool write_metadata(Writer *writer, Failure *failure) {
 
 // ---- the file under its temporary name
 
+#define PARTIAL_SUFFIX ".partial-XXXXXX" // behind the output's name; mkstemp() replaces the X
+
 static char *partial_path;               // to be removed if we are interrupted
 
 static void remove_partial(int number) {
@@ -1379,12 +1486,12 @@ static void watch_signals(bool on) {
 
 // Creates the partial file beside the final name, so that renaming it is one step.
 static int create_partial(const Options *options, Failure *failure) {
-    size_t bytes = strlen(options->output) + sizeof ".partial-XXXXXX";
+    size_t bytes = strlen(options->output) + sizeof PARTIAL_SUFFIX;
     if (!(partial_path = malloc(bytes))) {
         fail(failure, "out of memory");
         return -1;
     }
-    snprintf(partial_path, bytes, "%s.partial-XXXXXX", options->output);
+    snprintf(partial_path, bytes, "%s" PARTIAL_SUFFIX, options->output);
     sigset_t all, old;
     sigfillset(&all);
     sigprocmask(SIG_BLOCK, &all, &old);  // no signal between the file's creation and its watch
@@ -1400,6 +1507,36 @@ static int create_partial(const Options *options, Failure *failure) {
     umask(mask);
     fchmod(descriptor, 0666 & ~mask);
     return descriptor;
+}
+
+static const char *show_bytes(double bytes, char *text, size_t size) {
+    if (bytes < 999.5e3) snprintf(text, size, "%.1f kB", bytes * 1e-3);
+    else if (bytes < 999.5e6) snprintf(text, size, "%.1f MB", bytes * 1e-6);
+    else snprintf(text, size, "%.1f GB", bytes * 1e-9);
+    return text;
+}
+
+// A conversion that is killed outright (kill -9, power) leaves its partial file. Whether it may go only the user knows:
+// another conversion could be writing it.
+static void tell_leftovers(const Options *options) {
+    char *directory_copy = strdup(options->output), *name_copy = strdup(options->output);
+    const char *name = name_copy ? basename(name_copy) : "";
+    DIR *directory = directory_copy ? opendir(dirname(directory_copy)) : NULL;
+    size_t length = strlen(name), suffix = strlen(PARTIAL_SUFFIX);
+    for (const struct dirent *entry; directory && (entry = readdir(directory));) {
+        struct stat status;
+        if (strlen(entry->d_name) != length + suffix || strncmp(entry->d_name, name, length) != 0 ||
+            strncmp(entry->d_name + length, PARTIAL_SUFFIX, suffix - strlen("XXXXXX")) != 0 ||
+            fstatat(dirfd(directory), entry->d_name, &status, AT_SYMLINK_NOFOLLOW) != 0) {
+            continue;
+        }
+        char size[32];
+        fprintf(stderr, "r1-convert: note: %s%s (%s) was left by a conversion that was killed; unless one is still running, "
+                "delete it\n", options->output, entry->d_name + length, show_bytes((double)status.st_size, size, sizeof size));
+    }
+    if (directory) closedir(directory);
+    free(directory_copy);
+    free(name_copy);
 }
 
 static bool sync_directory(const char *path, Failure *failure) {
@@ -1433,13 +1570,6 @@ static bool check_output(const Options *options, const Checkpoint *checkpoint, F
     return true;
 }
 
-static const char *show_bytes(double bytes, char *text, size_t size) {
-    if (bytes < 999.5e3) snprintf(text, size, "%.1f kB", bytes * 1e-3);
-    else if (bytes < 999.5e6) snprintf(text, size, "%.1f MB", bytes * 1e-6);
-    else snprintf(text, size, "%.1f GB", bytes * 1e-9);
-    return text;
-}
-
 static bool check_space(const Options *options, uint64_t needed, Failure *failure) {
     char *copy = strdup(options->output);
     if (!copy) return fail(failure, "out of memory");
@@ -1464,6 +1594,7 @@ static bool write_file(const Options *options, Plan *plan, const Head *head, Fai
                      .progress = !options->quiet && isatty(STDERR_FILENO)};
     for (size_t i = 0; i < plan->count; i++) writer.data_bytes += plan->tensors[i].entry.bytes;
     if (!writer.hash) return fail(failure, "out of memory");
+    if (!options->quiet) tell_leftovers(options);
     writer.descriptor = create_partial(options, failure);
     bool created = writer.descriptor >= 0, ok = created;
     ok = ok && write_tensors(&writer, failure) && write_metadata(&writer, failure);
@@ -1658,7 +1789,7 @@ static bool check_directory(const Options *options, Failure *failure) {
 static bool convert(const Options *options, Failure *failure) {
     Head head = {0};
     Checkpoint checkpoint = {0};
-    Plan plan = {.config = &head.config, .recipe = options->recipe, .failure = failure};
+    Plan plan = {.config = &head.config, .recipe = options->recipe, .cut = options->layers > 0, .failure = failure};
     double start = now();
     bool ok = check_directory(options, failure) &&
               // A long conversion should not fail at its end for a name that was taken from the beginning.

@@ -10,8 +10,11 @@
 #ifndef R1_FORMAT_H
 #define R1_FORMAT_H
 
+#include <inttypes.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "r1.c reads little-endian files in place and needs a little-endian processor"
@@ -89,6 +92,106 @@ enum Dtype { DTYPE_F32 = 1, DTYPE_BF16, DTYPE_F8, DTYPE_Q8, DTYPE_Q4, DTYPE_COUN
 static inline const char *dtype_name(uint32_t dtype) {
     static const char *const names[DTYPE_COUNT] = {"source", "f32", "bf16", "f8", "q8", "q4"};
     return dtype < DTYPE_COUNT ? names[dtype] : "unknown";
+}
+
+// ---- what a config may hold
+//
+// Everything that the engine relies on: no size can overflow a product, no divisor is zero. The converter asks, too, so that
+// it never spends hours on a file that r1 refuses.
+#define MAX_LAYERS 1024
+#define MAX_DIMENSION (1u << 20)  // of any hidden, intermediate or head size
+#define MAX_VOCAB (1u << 24)
+#define MAX_EXPERTS 4096
+#define MAX_ACTIVE_EXPERTS 64
+
+#define CONFIG_ERROR_BYTES 200    // room for the longest sentence below
+
+static inline bool check_range(const char *field, uint64_t value, uint64_t least, uint64_t most, char *error) {
+    if (value >= least && value <= most) return true;
+    snprintf(error, CONFIG_ERROR_BYTES, "%s is %" PRIu64 ", expected %" PRIu64 " to %" PRIu64, field, value, least, most);
+    return false;
+}
+
+static inline bool check_number(const char *field, double value, double least, double most, char *error) {
+    if (value >= least && value <= most) return true;    // false for NaN
+    snprintf(error, CONFIG_ERROR_BYTES, "%s is %g, expected %g to %g", field, value, least, most);
+    return false;
+}
+
+static inline bool check_multiple(const char *field, uint32_t value, const char *of, uint32_t divisor, char *error) {
+    if (value % divisor == 0) return true;
+    snprintf(error, CONFIG_ERROR_BYTES, "%s is %u, expected a multiple of %s (%u)", field, value, of, divisor);
+    return false;
+}
+
+// False with a sentence in error, which has room for CONFIG_ERROR_BYTES, if a field is not what the engine can run.
+static inline bool check_config(const struct ModelConfig *c, char *error) {
+#define RANGE(field, least, most) if (!check_range(#field, c->field, least, most, error)) return false
+#define NUMBER(field, least, most) if (!check_number(#field, c->field, least, most, error)) return false
+#define MULTIPLE(field, of) if (!check_multiple(#field, c->field, #of, c->of, error)) return false
+    RANGE(architecture, ARCH_DEEPSEEK_V3, ARCH_QWEN3);
+    RANGE(recipe, 0, DTYPE_COUNT - 1);
+    RANGE(hidden_size, 32, MAX_DIMENSION);
+    RANGE(intermediate_size, c->n_routed_experts && !c->first_k_dense_replace ? 0 : 32, MAX_DIMENSION);
+    RANGE(num_hidden_layers, 1, MAX_LAYERS);
+    RANGE(num_attention_heads, 1, 4096);
+    RANGE(vocab_size, 1, MAX_VOCAB);
+    RANGE(max_position_embeddings, 1, 1u << 24);
+    RANGE(tie_word_embeddings, 0, 1);
+    RANGE(attention_bias, 0, 1);
+    RANGE(qk_norm, 0, 1);
+    RANGE(norm_topk_prob, 0, 1);
+    RANGE(num_nextn_predict_layers, 0, 16);
+    RANGE(rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
+    NUMBER(rms_norm_eps, 0, 1);
+    NUMBER(rope_theta, 1, 1e12);
+    if (c->rope_scaling != ROPE_PLAIN) {
+        NUMBER(rope_factor, 1, 1e6);
+        RANGE(rope_original_max_position_embeddings, 1, 1u << 24);
+    }
+    if (c->rope_scaling == ROPE_YARN) {
+        NUMBER(rope_beta_fast, 1e-6, 1e6);
+        NUMBER(rope_beta_slow, 1e-6, 1e6);
+        NUMBER(rope_mscale, 0, 100);
+        NUMBER(rope_mscale_all_dim, 0, 100);
+        NUMBER(rope_attn_factor, 1e-6, 100);
+    }
+    if (c->rope_scaling == ROPE_LLAMA3) {
+        NUMBER(rope_low_freq_factor, 1e-6, 1e6);
+        NUMBER(rope_high_freq_factor, 1e-6, 1e6);
+        if (c->rope_high_freq_factor == c->rope_low_freq_factor) {
+            snprintf(error, CONFIG_ERROR_BYTES, "rope_high_freq_factor equals rope_low_freq_factor (%g)", c->rope_low_freq_factor);
+            return false;
+        }
+    }
+    if (c->architecture == ARCH_DEEPSEEK_V3) {
+        RANGE(q_lora_rank, 0, MAX_DIMENSION);
+        RANGE(kv_lora_rank, 32, 4096);
+        RANGE(qk_nope_head_dim, 32, 1024);
+        RANGE(qk_rope_head_dim, 2, 1024);
+        RANGE(v_head_dim, 1, 1024);
+        if (!check_multiple("qk_rope_head_dim", c->qk_rope_head_dim, "a pair", 2, error)) return false;
+    } else {
+        RANGE(num_key_value_heads, 1, c->num_attention_heads);
+        RANGE(head_dim, 2, 1024);
+        if (!check_multiple("head_dim", c->head_dim, "a pair", 2, error)) return false;
+        MULTIPLE(num_attention_heads, num_key_value_heads);
+    }
+    RANGE(n_routed_experts, 0, MAX_EXPERTS);
+    if (c->n_routed_experts) {
+        RANGE(n_shared_experts, 0, 64);
+        RANGE(moe_intermediate_size, 32, MAX_DIMENSION / 64);
+        RANGE(n_group, 1, c->n_routed_experts);
+        RANGE(topk_group, 1, c->n_group);
+        MULTIPLE(n_routed_experts, n_group);
+        uint64_t within_reach = (uint64_t)c->n_routed_experts / c->n_group * c->topk_group;
+        RANGE(num_experts_per_tok, 1, within_reach < MAX_ACTIVE_EXPERTS ? within_reach : MAX_ACTIVE_EXPERTS);
+        NUMBER(routed_scaling_factor, 1e-6, 1e6);
+    }
+#undef RANGE
+#undef NUMBER
+#undef MULTIPLE
+    return true;
 }
 
 #define ENTRY_MAX_PARTS 3

@@ -169,6 +169,72 @@ config r1_fp8 's/"n_group": 8/"n_group": 7/' 'n_group' "experts that do not fit 
 config r1_fp8 's/"scoring_func": "sigmoid"/"scoring_func": "softmax"/' 'scoring_func' "another scoring function"
 config r1_fp8 's/"quant_method": "fp8"/"quant_method": "gptq"/' 'gptq' "another quantisation"
 
+# Keys of deepseek_v3 that have no value of ours: transformers has defaults for them, those of DeepSeek-V3.
+for key in q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts \
+    moe_intermediate_size first_k_dense_replace n_group topk_group norm_topk_prob routed_scaling_factor num_experts_per_tok; do
+    config moonlight_bf16 "/\"$key\"/d" "config.json: key $key is missing" "no $key"
+done
+config moonlight_bf16 's/"n_shared_experts": 2/"n_shared_experts": 0/' 'n_shared_experts.*model.layers.1.mlp.shared_experts' "shared experts that n_shared_experts does not count"
+config moonlight_bf16 's/"n_shared_experts": 2/"n_shared_experts": null/' 'n_shared_experts.*model.layers.1.mlp.shared_experts' "shared experts and n_shared_experts null"
+
+# What r1 would refuse in the finished file is refused before the work.
+config llama_bf16 's/"max_position_embeddings": 512/"max_position_embeddings": 33554432/' 'max_position_embeddings is 33554432, expected' "a limit of r1: max_position_embeddings"
+config llama_bf16 's/"num_hidden_layers": 3/"num_hidden_layers": 1025/' 'num_hidden_layers is 1025, expected' "a limit of r1: num_hidden_layers"
+config llama_bf16 's/"rope_theta": 500000.0/"rope_theta": 1e13/' 'rope_theta is 1e.13, expected' "a limit of r1: rope_theta"
+config llama_bf16 's/"num_attention_heads": 8/"num_attention_heads": 0/' 'num_attention_heads is 0, expected' "no heads"
+config r1_fp8 's/"num_nextn_predict_layers": 1/"num_nextn_predict_layers": 17/' 'num_nextn_predict_layers is 17, expected' "a limit of r1: num_nextn_predict_layers"
+config r1_fp8 's/"n_shared_experts": 1/"n_shared_experts": 65/' 'n_shared_experts is 65, expected' "a limit of r1: n_shared_experts"
+config r1_fp8 's/"mscale": 1.0/"mscale": 101/' 'rope_mscale is 101, expected' "a limit of r1: mscale"
+config r1_fp8 's/"n_group": 8/"n_group": 32/' 'n_group' "groups of one expert"
+
+other_rope='"rope_scaling": {"type": "llama3", "factor": 4.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64}'
+config llama_rope_parameters "s/\"rope_parameters\": {/$other_rope, &/" 'rope_scaling.*rope_parameters' "rope_scaling and rope_parameters that differ"
+config llama_rope_parameters 's/"rope_parameters": {/"rope_theta": 10000.0, &/' 'rope_theta' "two values of rope_theta"
+config qwen2_yarn 's/"original_max_position_embeddings": 64/"original_max_position_embeddings": 2/' 'original_max_position_embeddings.*too small' "YaRN with an original context of 2 tokens"
+config r1_fp8 's/"beta_fast": 32/"beta_fast": 0.5/' 'beta_fast' "YaRN with beta_fast below beta_slow"
+
+# ---- tensors that config.json does not tell of
+
+# beside NAME: adds tensor NAME to $single, with the data of model.norm.weight.
+beside() { edit_header "$single" "s/\"model.norm.weight\":\({[^}]*}\)/&,\"$1\":\1/"; }
+
+# accepted WHAT NAME: $work gives the same file as the oracle NAME itself.
+accepted() {
+    passes "$1" "$convert" "$work" "$out/model.r1" --type source
+    if cmp -s "$(model "$2" source)" "$out/model.r1"; then ok "$1: the same file"; else fail "$1: the same file" "the files differ"; fi
+}
+
+fresh llama_bf16; beside model.layers.1.self_attn.q_proj.bias
+refused "a tensor that the architecture lacks" 'tensor model.layers.1.self_attn.q_proj.bias is not part of this architecture'
+fresh llama_bf16; beside one; beside two; beside three
+refused "three of them" 'tensor (one|two|three) .*\(and 2 more\)'
+fresh llama_bf16; beside model.layers.1.self_attn.o_proj.weight_scale_inv
+refused "a scale of a tensor that is not FP8" 'model.layers.1.self_attn.o_proj.weight_scale_inv'
+fresh llama_bf16; beside model.layers.1.self_attn.rotary_emb.inv_freq; beside model.rotary_emb.inv_freq
+accepted "the frequencies that old checkpoints carry" llama_bf16
+fresh llama_bf16; sed -i 's/"num_hidden_layers": 3/"num_hidden_layers": 2/' "$work/config.json"
+refused "fewer layers than the checkpoint has" 'model.layers.2.*layer 2 .*beyond.*num_hidden_layers'
+fresh r1_fp8; sed -i 's/"num_hidden_layers": 3/"num_hidden_layers": 4/' "$work/config.json"
+refused "an MTP layer counted as a main one" 'model.layers.3.(eh_proj|enorm|hnorm|embed_tokens|shared_head)'
+fresh r1_fp8; sed -i '/"num_nextn_predict_layers"/d' "$work/config.json"
+refused "an MTP layer that is not counted" 'model.layers.3.*num_nextn_predict_layers'
+fresh r1_fp8; sed -i 's/"first_k_dense_replace": 1/"first_k_dense_replace": 4/' "$work/config.json"
+refused "first_k_dense_replace beyond the layers" 'first_k_dense_replace'
+
+fresh llama_tied; edit_header "$single" 's/"model.embed_tokens.weight":\({[^}]*}\)/&,"lm_head.weight":\1/'
+accepted "a tied head that is there and equal" llama_tied
+fresh llama_bf16; sed -i 's/"tie_word_embeddings": false/"tie_word_embeddings": true/' "$work/config.json"
+accepted "a head that is called tied and differs" llama_bf16
+if grep -q 'note.*lm_head.weight.*tie_word_embeddings' "$scratch/said"; then ok "and it is told"; else fail "and it is told" "$(brief "$scratch/said")"; fi
+fresh llama_bf16; edit_header "$single" 's/"lm_head.weight":{"dtype":"BF16","shape":\[288,128\]/"lm_head.weight":{"dtype":"BF16","shape":[128,288]/'
+sed -i 's/"tie_word_embeddings": false/"tie_word_embeddings": true/' "$work/config.json"
+refused "a tied head of another shape" 'lm_head.weight.*288'
+
+fresh llama_rope_parameters; sed -i "s/\"rope_parameters\": {/${other_rope/4.0/8.0}, &/; s/\"type\": \"llama3\"/\"rope_theta\": 500000.0, &/" "$work/config.json"
+accepted "rope_scaling and rope_parameters that agree" llama_rope_parameters
+fresh moonlight_bf16; sed -i 's/"n_group": 1/"n_group": null/; s/"topk_group": 1/"topk_group": null/' "$work/config.json"
+accepted "n_group and topk_group null" moonlight_bf16
+
 # ---- the output
 
 fresh llama_bf16; echo mine >"$out/model.r1"
@@ -230,6 +296,14 @@ for file in "$out"/*; do
     case $file in *.r1.partial*) ;; *) why="$why $(basename "$file") is left;" ;; esac
 done
 if [ -z "$why" ]; then ok "what is left of them is called partial"; else fail "what is left of them is called partial" "$why"; fi
+
+# The next conversion to the same name tells of them, and of nothing else.
+fresh llama_bf16; echo half >"$out/model.r1.partial-aB3dEf"; echo other >"$out/other.r1.partial-aB3dEf"; echo long >"$out/model.r1.partial-aB3dEfg"
+passes "converting beside a leftover" "$convert" "$work" "$out/model.r1" --type source
+"$convert" "$work" "$out/model.r1" --type source --force >"$scratch/said" 2>&1 </dev/null
+if [ "$(grep -c 'partial-' "$scratch/said")" = 1 ] && grep -q 'model\.r1\.partial-aB3dEf (.*B).*delete' "$scratch/said" && ! grep -q 'aB3dEfg\|other' "$scratch/said"; then ok "a leftover is told"; else fail "a leftover is told" "$(brief "$scratch/said")"; fi
+if [ "$(cat "$out/model.r1.partial-aB3dEf")" = half ]; then ok "a leftover is left alone"; else fail "a leftover is left alone" "it is gone"; fi
+rejects "--quiet does not tell" 1 'exists' "$convert" "$work" "$out/model.r1" --type source --quiet
 
 # A polite end leaves nothing at all.
 rm -rf "$out" && mkdir "$out"
