@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs the tests: `tests/run.sh [--build DIR] [--quick] [--fuzz-seconds N] [GROUP...]`, after `make all test-programs`.
+# Runs the tests: `tests/run.sh [-v] [--build DIR] [--quick] [--fuzz-seconds N] [GROUP...]`, after `make all test-programs`.
 #
 # A group is a file of tests/groups. It prints a line a check: "ok   GROUP: what", "FAIL GROUP: what: why" or "skip GROUP:
-# what: why". The last line of all is "N passed, N failed". Nothing is downloaded, nothing is written outside a scratch folder
-# and build/. --build tests another build: DIR/r1, DIR/r1-convert, DIR/tests/*. --quick leaves out repetitions, for a slow build.
+# what: why". On a terminal the ok lines are only counted; -v shows them. The last line of all is "N passed, N failed". Nothing is
+# downloaded, nothing is written outside a scratch folder and build/. --build tests another build: DIR/r1, DIR/r1-convert,
+# DIR/tests/*. --quick leaves out repetitions, for a slow build.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -12,11 +13,14 @@ ALL_GROUPS="unit tokenizer golden demo determinism convert file cli build saniti
 build=build
 fuzz_seconds=6
 quick=
+count_only=
+[ -t 1 ] && count_only=1
 selected=()
 while [ $# -gt 0 ]; do
     case $1 in
     --build) build=$2; shift ;;
     --quick) quick=1 ;;
+    -v) count_only= ;;
     --fuzz-seconds) fuzz_seconds=$2; shift ;;
     *) selected+=("$1") ;;
     esac
@@ -39,18 +43,34 @@ export build fuzz_seconds quick scratch
 unset MAKEFLAGS MAKELEVEL MFLAGS
 started=$SECONDS
 
+# report LINE: keeps a result and shows it at once; on a terminal the ok ones as a count that overwrites itself.
+report() {
+    printf '%s\n' "$1" >>"$scratch/results"
+    if [ -n "$count_only" ] && [[ $1 = ok\ * ]]; then
+        ok_count=$((ok_count + 1))
+        printf '\r  %d ok ' $ok_count
+        return
+    fi
+    # Every other line is longer than the count that it overwrites.
+    if [ -n "$count_only" ]; then printf '\r'; fi
+    printf '%s\n' "$1"
+}
+
+: >"$scratch/results"
 for group in "${selected[@]}"; do
-    at=$SECONDS
-    group=$group bash -c '. tests/lib.sh; . "tests/groups/$group.sh"; echo "done $group"' </dev/null >"$scratch/output" 2>"$scratch/errors"
+    at=$SECONDS ok_count=0 last=
+    echo "---- $group ..."
+    while IFS= read -r line; do
+        last=$line
+        [ "$line" = "done $group" ] || report "$line"
+    done < <(group=$group bash -c '. tests/lib.sh; . "tests/groups/$group.sh"; echo "done $group"' </dev/null 2>"$scratch/errors")
     # A group that ends early, or that prints something which is no result, has failed.
-    if ! tail -n 1 "$scratch/output" | grep -qx "done $group"; then
-        echo "FAIL $group: the group did not run to its end" >>"$scratch/output"
-    fi
+    [ "$last" = "done $group" ] || report "FAIL $group: the group did not run to its end"
     if [ -s "$scratch/errors" ]; then
-        echo "FAIL $group: unexpected messages: $(head -n 5 "$scratch/errors" | tr '\n' '|')" >>"$scratch/output"
+        report "FAIL $group: unexpected messages: $(head -n 5 "$scratch/errors" | tr '\n' '|')"
     fi
-    grep -v "^done $group\$" "$scratch/output" | tee -a "$scratch/results"
-    printf -- "---- %s: %d s\n" "$group" $((SECONDS - at))
+    if [ -n "$count_only" ]; then printf '\r'; fi
+    printf -- "---- %s: %d s%s\n" "$group" $((SECONDS - at)) "${count_only:+, $ok_count ok}"
 done
 
 passed=$(grep -c '^ok ' "$scratch/results")
