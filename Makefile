@@ -60,8 +60,8 @@ $(BUILD)/%.o: %.c Makefile $(BUILD)/packages
 # ---- what has to be installed
 
 # Tries every header and library in one compilation; only when that fails, one by one, to say which packages are missing.
-# $1: "check" says what is missing and fails, "install" installs it, "explain" is "check" behind a command that failed: it fails, too.
-# $2: "test" where the tests' own needs count, too.
+# $1: "check" says what is missing and fails, "install" installs it, "explain" is "check" behind a command that failed, and fails
+# as well. $2: "test" where the tests' own needs count, too.
 define PACKAGES
 program() { for header; do echo "#include <$$header>"; done; echo 'int main(void) { return 0; }'; }
 links()   { $(CC) $(filter-out -fopenmp,$(FLAGS)) $(CPPFLAGS) -x c - -o "$$out" $(filter -L%,$(LIBS)) "$$@" >/dev/null 2>&1; }
@@ -148,7 +148,8 @@ exit 1
 endef
 export PACKAGES
 
-# Behind a compiler's command. Packages are looked for once (the stamp below); one that went away since is named when it is missed.
+# Behind a compiler's command: packages are looked for once (the stamp below); one that went away since is named when it is
+# missed.
 OR_EXPLAIN = || sh -c "$$PACKAGES" packages explain
 
 $(BUILD)/packages: Makefile
@@ -201,7 +202,8 @@ valgrind:
 SECONDS ?= 60
 FUZZERS := $(patsubst tests/fuzz/%.c,build/fuzz/%,$(wildcard tests/fuzz/*.c))
 # -Wno-pass-failed: between the sanitizers' checks clang vectorises no loop, and would say so of each "omp simd".
-FUZZ_FLAGS := -O1 -g1 -DTESTING -Wno-unused-function -Wno-pass-failed -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined
+FUZZ_FLAGS := -O1 -g1 -DTESTING -Wno-unused-function -Wno-pass-failed \
+              -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined
 
 build/fuzz/tokenizer.o: tokenizer.c tokenizer.h Makefile
 	@mkdir -p $(@D)

@@ -74,7 +74,8 @@ names_package() { # WHAT MAKE-ARGUMENT...
     shift
     make -C "$copy" CPPFLAGS="-nostdinc" "$@" >"$scratch/said" 2>&1
     status=$?
-    if [ $status != 0 ] && grep -q 'missing: .*jansson' "$scratch/said" && grep -v '^make' "$scratch/said" | tail -n 1 | grep -q '^Install them with.*install'; then ok "$what"
+    if [ $status != 0 ] && grep -q 'missing: .*jansson' "$scratch/said" &&
+        grep -v '^make' "$scratch/said" | tail -n 1 | grep -q '^Install them with.*install'; then ok "$what"
     else fail "$what" "status $status: $(brief "$scratch/said")"; fi
 }
 names_package "a missing header is named" -B build/packages

@@ -9,8 +9,8 @@ fuzz() {
         return
     fi
     mkdir -p "build/corpus/$name" build/findings
-    "build/fuzz/$name" -max_total_time="$fuzz_seconds" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
-        -artifact_prefix="build/findings/$name-" -max_len=65536 "build/corpus/$name" "$scratch/seeds/$name" >"$said" 2>&1 </dev/null
+    "build/fuzz/$name" -max_total_time="$fuzz_seconds" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 -max_len=65536 \
+        -artifact_prefix="build/findings/$name-" "build/corpus/$name" "$scratch/seeds/$name" >"$said" 2>&1 </dev/null
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$said")
     if grep -qE 'ERROR|SUMMARY|runtime error' "$said" || [ -z "$runs" ]; then
         fail "$name" "$(grep -E 'ERROR|SUMMARY|runtime error|Test unit written' "$said" | head -n 4 | tr '\n' '|')"
