@@ -280,7 +280,7 @@ AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const s
                     const __m128i *bytes =
                         (const __m128i *)(const void *)(sub + group + row + 8 * v); // [group / 32][32]
                     __m256i scale = _mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes));
-                    // Q4_SHIFT (a power of 2) or 0 in each lane, less the 128 of vnni.
+                    // Q4_SHIFT or 0 in each lane, less the 128 of vnni.
                     __m256i shift =
                         _mm256_mullo_epi16(_mm256_and_si256(scale, _mm256_set1_epi32(1)), _mm256_set1_epi32(Q4_SHIFT));
                     if (vnni) shift = _mm256_sub_epi32(shift, _mm256_set1_epi32(128));
