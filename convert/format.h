@@ -315,10 +315,9 @@ ROTATION void hadamard_down(float *x, uint64_t rows, uint64_t cols) {
 }
 
 // The signs in front of the Hadamard matrix: bits of the fraction of the golden ratio, one for each column of a block.
-ROTATION float rotation_sign(uint64_t column) {
-    static const uint32_t bits[K_BLOCK / 32] = {0x9e3779b9, 0x7f4a7c15, 0xf39cc060, 0x5cedc834, 0x1082276b, 0xf3a27251, 0xf86c6a11, 0xd0c18e95};
-    return bits[column / 32] >> column % 32 & 1 ? -1.0f : 1.0f;
-}
+static const uint32_t rotation_signs[K_BLOCK / 32] = {0x9e3779b9, 0x7f4a7c15, 0xf39cc060, 0x5cedc834,
+                                                      0x1082276b, 0xf3a27251, 0xf86c6a11, 0xd0c18e95};
+ROTATION float rotation_sign(uint64_t column) { return rotation_signs[column / 32] >> column % 32 & 1 ? -1.0f : 1.0f; }
 
 // 1 / sqrt(n)
 ROTATION float rotation_norm(uint64_t n) {

@@ -471,7 +471,68 @@ AVX512 static void float_to_half_avx512(const float *x, uint16_t *half, size_t n
     }
 }
 
-AVX512 static void rotate_columns_avx512(const float *x, size_t n, float *out) { rotate_columns_body(x, n, out); }
+// Sums and differences of rows `half` apart, as hadamard_down() has them.
+#define ROTATE_STAGE(row, half)                                                                                         \
+    for (int r = 0; r < 16; r++) {                                                                                      \
+        if (r & (half)) continue;                                                                                       \
+        __m512 sum = _mm512_add_ps((row)[r], (row)[r + (half)]);                                                        \
+        (row)[r + (half)] = _mm512_sub_ps((row)[r], (row)[r + (half)]);                                                 \
+        (row)[r] = sum;                                                                                                 \
+    }
+
+// A whole k-block in 16 registers; shorter ones are rare.
+AVX512 static void rotate_columns_avx512(const float *x, size_t n, float *out) {
+    if (n != K_BLOCK) {
+        rotate_columns_body(x, n, out);
+        return;
+    }
+    __m512 a[16], b[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) {
+        __mmask16 minus = (__mmask16)(rotation_signs[r / 2] >> r % 2 * 16);
+        a[r] = _mm512_loadu_ps(x + r * 16);
+        a[r] = _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(a[r]), minus, _mm512_castps_si512(a[r]),
+                                                         _mm512_set1_epi32(INT32_MIN)));
+    }
+    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 1)
+    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 2)
+    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 4)
+    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 8)
+    // Transposed: 2 x 2 and 4 x 4 within quarters, then the quarters.
+#pragma GCC unroll 8
+    for (int r = 0; r < 16; r += 2) {
+        b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+        b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4) {
+        a[r] = _mm512_shuffle_ps(b[r], b[r + 2], 0x44);
+        a[r + 1] = _mm512_shuffle_ps(b[r], b[r + 2], 0xee);
+        a[r + 2] = _mm512_shuffle_ps(b[r + 1], b[r + 3], 0x44);
+        a[r + 3] = _mm512_shuffle_ps(b[r + 1], b[r + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        b[r] = _mm512_shuffle_f32x4(a[r], a[r + 4], 0x88);
+        b[r + 4] = _mm512_shuffle_f32x4(a[r], a[r + 4], 0xdd);
+        b[r + 8] = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0x88);
+        b[r + 12] = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        a[r] = _mm512_shuffle_f32x4(b[r], b[r + 8], 0x88);
+        a[r + 8] = _mm512_shuffle_f32x4(b[r], b[r + 8], 0xdd);
+        a[r + 4] = _mm512_shuffle_f32x4(b[r + 4], b[r + 12], 0x88);
+        a[r + 12] = _mm512_shuffle_f32x4(b[r + 4], b[r + 12], 0xdd);
+    }
+    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 1)
+    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 2)
+    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 4)
+    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 8)
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) _mm512_storeu_ps(out + r * 16, _mm512_mul_ps(a[r], _mm512_set1_ps(rotation_norm(K_BLOCK))));
+}
+#undef ROTATE_STAGE
 
 AVX512 static void int8_to_float_avx512(const int8_t *quants, float scale, float *out, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
