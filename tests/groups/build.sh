@@ -37,18 +37,17 @@ built() {
     one_golden "$1" r1_fp8 "$2: what was built"
 }
 
-# All at once: each ends with the compilation of r1.c, which keeps one processor. Some of gcc's warnings come with -O2 only.
+# All at once: each ends with the compilation of r1.c, which keeps one processor. Some warnings come with -O2 only.
 compilers=
 for compiler in gcc clang; do
     if ! command -v $compiler >/dev/null; then skip "$compiler -Werror" "$compiler is not installed"; continue; fi
     compilers="$compilers $compiler"
     tree $compiler
-    case $compiler in gcc) level=-O2 ;; *) level=-O1 ;; esac
-    start $compiler CC=$compiler CFLAGS="$level -Werror"
+    start $compiler CC=$compiler CFLAGS="-O2 -Werror"
 done
 tree bare
 rm -rf "$scratch/bare/kernels"
-start bare CFLAGS="-O1 -Werror"
+start bare CFLAGS="-O2 -Werror"
 wait
 for compiler in $compilers; do built $compiler "$compiler -Werror"; done
 built bare "without kernels/"
