@@ -685,17 +685,28 @@ struct Row {
     const int8_t *quants;         // [cols]            values = quants * scales[column / 256]
     const float *scales;          // [ceil(cols/256)]
     const int32_t *sums;          // [cols / 32]       sum of each 32 quants
+    const int32_t *block_sums;    // [ceil(cols/256)]  and of each 256
 };
 
 // One panel times n tokens (1 to TILE_TOKENS): out[t][r] = sum over k of weight(r, k) * x[t](k), t < n, r < 32.
 typedef void PanelProduct(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out);
 
+// Many tokens take an integer panel in two steps, so that decoding its weights is paid once for all of them. Unpacking
+// turns columns [first, first + depth) of a panel, first a multiple of 256, into one byte a weight, [depth/4][32][4], and
+// one scale for each row and 256 columns, [ceil(depth/256)][32]. The bytes are int8 in whatever disguise suits the
+// instruction set: only multiply_unpacked() of the same table looks at them.
+typedef void PanelUnpacking(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales);
+
 struct Kernels {
     const char *name;
     PanelProduct *product[DTYPE_COUNT];   // by dtype
-    // Quantises a row: for each 256 columns scale = max|x| / 127 and the nearest integers, and the sums of each 32.
-    // cols is a multiple of 32. Not-a-number in x gives numbers out, never undefined behaviour.
-    void (*quantize_row)(const float *x, size_t cols, int8_t *quants, float *scales, int32_t *sums);
+    PanelUnpacking *unpack[DTYPE_COUNT];  // of q8 and q4
+    // out[t * stride + r] += sum over `depth` unpacked columns k of weight(r, k) * x[t](first + k), for any n.
+    void (*multiply_unpacked)(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n,
+                              float *out, size_t stride);
+    // Quantises a k-block of up to 256 columns (a multiple of 32): *scale = max|x| / 127, the nearest integers, the sums of
+    // each 32, and in *block_sum of all. Not-a-number in x gives numbers out, never undefined behaviour.
+    void (*quantize_block)(const float *x, size_t cols, int8_t *quants, float *scale, int32_t *sums, int32_t *block_sum);
     // rotate_columns() of format.h.
     void (*rotate_columns)(const float *x, size_t n, float *out);
     // Sum of x[i] * y[i].
@@ -880,33 +891,91 @@ static void product_q4(const uint8_t *panel, size_t cols, const struct Row *x, s
     }
 }
 
+// ---- products of many tokens
+
+static void unpack_q8(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
+    const uint8_t *block = panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
+        memcpy(bytes, block + block_head_bytes(DTYPE_Q8, length), length * PANEL_ROWS);
+        block += block_head_bytes(DTYPE_Q8, length) + value_bytes(DTYPE_Q8, length);
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+// A row's largest sub-scale in a block becomes the scale of the whole block: the values of its group stay as they are,
+// those of the others are rounded to 8 bits in its measure, a small part of what 4 bits have lost already. The ratios of
+// the sub-scales are fixed-point numbers of 15 bits.
+static void unpack_q4(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
+    const float *row_scales = (const float *)(const void *)panel;
+    const uint8_t *block = panel + panel_head_bytes(DTYPE_Q4) +
+                           first / K_BLOCK * (block_head_bytes(DTYPE_Q4, K_BLOCK) + value_bytes(DTYPE_Q4, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        const uint8_t *w = block + block_head_bytes(DTYPE_Q4, length);
+        for (size_t r = 0; r < PANEL_ROWS; r++) {
+            int largest = 0;
+            for (size_t k = 0; k < length; k += K_GROUP) {
+                int magnitude = abs((int8_t)(block[k / K_GROUP * PANEL_ROWS + r] & 0xfe));
+                largest = magnitude > largest ? magnitude : largest;
+            }
+            scales[r] = row_scales[r] * (float)largest;
+            float inverse = largest ? 32767.0f / (float)largest : 0;
+            for (size_t k = 0; k < length; k++) {
+                uint8_t pair = w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4], sub = block[k / K_GROUP * PANEL_ROWS + r];
+                int value = Q4_TABLE[k % 8 < 4 ? pair & 15 : pair >> 4] + (sub & 1 ? Q4_SHIFT : 0);
+                int ratio = (int)lrintf((float)(int8_t)(sub & 0xfe) * inverse);
+                bytes[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = (uint8_t)((value * ratio + 0x4000) >> 15);
+            }
+        }
+        block = w + value_bytes(DTYPE_Q4, length);
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+static void multiply_unpacked(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n,
+                              float *out, size_t stride) {
+    for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS)
+        for (size_t t = 0; t < n; t++) {
+            const int8_t *w = (const int8_t *)bytes + start * PANEL_ROWS, *q = x[t].quants + first + start;
+            int32_t part[PANEL_ROWS] = {0};
+            for (size_t k = 0; k < min_size(K_BLOCK, depth - start); k += 4)
+                for (size_t r = 0; r < PANEL_ROWS; r++)
+                    for (size_t j = 0; j < 4; j++) part[r] += w[k * PANEL_ROWS + r * 4 + j] * q[k + j];
+            float x_scale = x[t].scales[(first + start) / K_BLOCK];
+            for (size_t r = 0; r < PANEL_ROWS; r++) out[t * stride + r] += (float)part[r] * (scales[r] * x_scale);
+        }
+}
+
 // ---- everything else
 // The bodies are inlined into each instruction set's own functions, where the compiler makes vector code of them.
 
-INLINE void quantize_row_body(const float *x, size_t cols, int8_t *quants, float *scales, int32_t *sums) {
-    for (size_t first = 0; first < cols; first += K_BLOCK) {
-        size_t length = min_size(K_BLOCK, cols - first);
-        float largest = 0;
-        for (size_t k = 0; k < length; k++) {
-            float magnitude = fabsf(x[first + k]);
-            largest = magnitude > largest ? magnitude : largest;
-        }
-        float scale = largest < INFINITY ? largest / 127.0f : 0.0f;
-        float inverse = scale > 1e-38f ? 1.0f / scale : 0.0f;
-        scales[first / K_BLOCK] = inverse > 0 ? scale : 0.0f;
-        for (size_t group = first; group < first + length; group += K_GROUP) {
-            int32_t sum = 0;
+INLINE void quantize_block_body(const float *x, size_t cols, int8_t *quants, float *scale, int32_t *sums, int32_t *block_sum) {
+    float largest = 0;
+    for (size_t k = 0; k < cols; k++) {
+        float magnitude = fabsf(x[k]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    *scale = largest < INFINITY ? largest / 127.0f : 0.0f;
+    float inverse = *scale > 1e-38f ? 1.0f / *scale : 0.0f;
+    if (!(inverse > 0)) *scale = 0;
+    *block_sum = 0;
+    for (size_t group = 0; group < cols; group += K_GROUP) {
+        int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (size_t k = group; k < group + K_GROUP; k++) {
-                float scaled = x[k] * inverse;
-                scaled = scaled > -127.0f ? scaled : -127.0f;      // not-a-number too
-                scaled = scaled < 127.0f ? scaled : 127.0f;
-                int32_t nearest = (int32_t)bits_from_float(scaled + 12582912.0f) - 0x4b400000;   // to nearest even
-                quants[k] = (int8_t)nearest;
-                sum += nearest;
-            }
-            sums[group / K_GROUP] = sum;
+        for (size_t k = group; k < group + K_GROUP; k++) {
+            float scaled = x[k] * inverse;
+            scaled = scaled > -127.0f ? scaled : -127.0f;      // not-a-number too
+            scaled = scaled < 127.0f ? scaled : 127.0f;
+            int32_t nearest = (int32_t)bits_from_float(scaled + 12582912.0f) - 0x4b400000;   // to nearest even
+            quants[k] = (int8_t)nearest;
+            sum += nearest;
         }
+        sums[group / K_GROUP] = sum;
+        *block_sum += sum;
     }
 }
 
@@ -989,7 +1058,9 @@ static const struct Kernels portable_kernels = {
     .name = "portable",
     .product = {[DTYPE_F32] = product_f32, [DTYPE_BF16] = product_bf16, [DTYPE_F8] = product_f8, [DTYPE_Q8] = product_q8,
                 [DTYPE_Q4] = product_q4},
-    .quantize_row = quantize_row_body,
+    .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4},
+    .multiply_unpacked = multiply_unpacked,
+    .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_body,
     .dot = dot_body,
     .score_rows = score_rows_body,
@@ -1060,7 +1131,7 @@ static const char *const cache_names[] = {"f32", "f16", "q8"};
 #define EXACT_TOKENS 16           // batches up to this size give the same bits as single tokens
 #define GEMM_PANELS 4             // panels of one OpenBLAS product: 128 rows
 #define GEMM_COLUMNS (GEMM_PANELS * PANEL_ROWS)
-#define GEMM_DEPTH 512            // columns of one OpenBLAS product
+#define GEMM_DEPTH 512            // columns of one OpenBLAS product, or of the panels unpacked at a time
 #define ATTENTION_CHUNK 64        // cache positions that attention takes at a time, always from a multiple of it
 #define ATTENTION_QUERIES 256     // most queries (tokens times heads) of one piece of attention work
 #define MAX_BATCH 16384
@@ -1078,7 +1149,7 @@ struct Activations {
     float *values;
     int8_t *quants;
     float *scales;
-    int32_t *sums;
+    int32_t *sums, *block_sums;
     size_t capacity;
 };
 
@@ -1097,6 +1168,8 @@ struct FeedForwardJob {
 struct Worker {
     float *gate_tile, *up_tile;   // [batch][128] results of a product
     float *gemm_weights;          // [512][128]
+    uint8_t *unpacked;            // [4 panels][512/4][32][4]
+    float *unpacked_scales;       // [4 panels][2][32]
     float *gemm_inputs;           // [batch][512]
     float *queries;               // [256][query dim, or kv_lora_rank + rope]
     float *mixed;                 // [256][value dim, or kv_lora_rank]
@@ -1188,8 +1261,9 @@ static void *take(struct Arena *arena, size_t count, size_t size) {
     return arena->base ? arena->base + offset : NULL;
 }
 
-// Every row starts at a multiple of 256 values, so that its scales and sums have places of their own.
-static size_t row_stride(size_t cols) { return align_up(cols, K_BLOCK); }
+// Every row starts at a multiple of 256 values, so that its scales and sums have places of their own; an odd multiple, so
+// that the rows of a product do not compete for the same places of a cache.
+static size_t row_stride(size_t cols) { return align_up(cols, K_BLOCK) | K_BLOCK; }
 
 static void take_activations(struct Arena *arena, struct Activations *out, size_t rows, size_t capacity) {
     out->capacity = capacity;
@@ -1198,11 +1272,13 @@ static void take_activations(struct Arena *arena, struct Activations *out, size_
     out->quants = take(arena, capacity, sizeof *out->quants);
     out->scales = take(arena, capacity / K_BLOCK, sizeof *out->scales);
     out->sums = take(arena, capacity / K_GROUP, sizeof *out->sums);
+    out->block_sums = take(arena, capacity / K_BLOCK, sizeof *out->block_sums);
 }
 
 // Row `row` whose values start at `offset` (a multiple of 256).
 static void place_row(struct Activations *a, size_t row, size_t offset) {
-    a->rows[row] = (struct Row){a->values + offset, a->quants + offset, a->scales + offset / K_BLOCK, a->sums + offset / K_GROUP};
+    a->rows[row] = (struct Row){a->values + offset, a->quants + offset, a->scales + offset / K_BLOCK, a->sums + offset / K_GROUP,
+                                a->block_sums + offset / K_BLOCK};
 }
 
 // The values of a row, to be written.
@@ -1247,6 +1323,8 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
         w->gate_tile = take(arena, batch * GEMM_COLUMNS, 4);
         w->up_tile = take(arena, batch * GEMM_COLUMNS, 4);
         w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
+        w->unpacked = take(arena, GEMM_COLUMNS * GEMM_DEPTH, 1);
+        w->unpacked_scales = take(arena, GEMM_COLUMNS * GEMM_DEPTH / K_BLOCK, 4);
         w->gemm_inputs = take(arena, batch * GEMM_DEPTH, 4);
         w->queries = take(arena, ATTENTION_QUERIES * key, 4);
         w->mixed = take(arena, ATTENTION_QUERIES * value, 4);
@@ -1326,9 +1404,9 @@ static void session_free(struct Session *s) {
 // ====================================================================================================================
 // Matrix products
 //
-// A product of a matrix with the rows of a micro-batch is cut into items of one panel (or four, where OpenBLAS takes
-// over), dealt out among the threads. Float weights and more than 16 tokens go through OpenBLAS on fixed tiles; all else
-// through the kernels.
+// A product of a matrix with the rows of a micro-batch is cut into items, dealt out among the threads. Up to 16 tokens go
+// through the kernels' product() a panel at a time. More take four panels at a time, in pieces of 512 columns that stay
+// in the caches: integer weights are unpacked for multiply_unpacked(), float weights for OpenBLAS.
 // ====================================================================================================================
 
 static bool uses_gemm(uint32_t dtype, size_t n) { return dtype <= DTYPE_F8 && n > EXACT_TOKENS; }
@@ -1403,7 +1481,7 @@ static void expand_panel(const struct Matrix *m, size_t panel, size_t first, siz
 static void multiply_tile(const struct Session *s, struct Worker *worker, const struct Matrix *m, size_t first_panel, size_t panels,
                           const struct Row *x, size_t n, float *out) {
     size_t stride = panels * PANEL_ROWS;
-    if (!uses_gemm(m->dtype, n)) {
+    if (n <= EXACT_TOKENS) {
         for (size_t p = 0; p < panels; p++) {
             const uint8_t *panel = m->data + (first_panel + p) * m->panel_bytes;
             for (size_t t = 0; t < n; t += TILE_TOKENS) {
@@ -1420,12 +1498,26 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
         }
         return;
     }
+    if (!uses_gemm(m->dtype, n)) memset(out, 0, n * stride * sizeof *out);
     for (size_t first = 0; first < m->cols; first += GEMM_DEPTH) {
         size_t depth = min_size(GEMM_DEPTH, m->cols - first);
-        for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, stride);
-        for (size_t t = 0; t < n; t++) memcpy(worker->gemm_inputs + t * depth, x[t].values + first, depth * sizeof(float));
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)stride, (int)depth, 1, worker->gemm_inputs, (int)depth,
-                    worker->gemm_weights, (int)stride, first ? 1 : 0, out, (int)stride);
+        if (uses_gemm(m->dtype, n)) {
+            for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, stride);
+            for (size_t t = 0; t < n; t++) memcpy(worker->gemm_inputs + t * depth, x[t].values + first, depth * sizeof(float));
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)stride, (int)depth, 1, worker->gemm_inputs, (int)depth,
+                        worker->gemm_weights, (int)stride, first ? 1 : 0, out, (int)stride);
+            continue;
+        }
+        const size_t scales = GEMM_DEPTH / K_BLOCK * PANEL_ROWS;
+        for (size_t p = 0; p < panels; p++)
+            s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_bytes, m->cols, first, depth,
+                                         worker->unpacked + p * GEMM_DEPTH * PANEL_ROWS, worker->unpacked_scales + p * scales);
+        for (size_t t = 0, count; t < n; t += count) {
+            count = min_size(n - t, 256);
+            for (size_t p = 0; p < panels; p++)
+                s->kernels->multiply_unpacked(worker->unpacked + p * GEMM_DEPTH * PANEL_ROWS, worker->unpacked_scales + p * scales, depth,
+                                              x + t, first, count, out + t * stride + p * PANEL_ROWS, stride);
+        }
     }
 }
 
@@ -1474,21 +1566,18 @@ static void store_tile(const struct Product *product, size_t first_row, size_t w
 }
 
 static size_t panel_count(const struct Matrix *m) { return ceil_div(m->rows, PANEL_ROWS); }
-static size_t panels_per_item(uint32_t dtype, size_t n) { return uses_gemm(dtype, n) ? GEMM_PANELS : 1; }
+static size_t panels_per_item(size_t n) { return n > EXACT_TOKENS ? GEMM_PANELS : 1; }
 
 // Computes some products of n rows each. All threads call it.
 static void multiply(struct Session *s, int thread, const struct Product *products, size_t count, size_t n) {
     struct Worker *worker = &s->workers[thread];
-    size_t total = 0, item;
-    for (size_t i = 0; i < count; i++) total += ceil_div(panel_count(products[i].matrix), panels_per_item(products[i].matrix->dtype, n));
+    size_t total = 0, width = panels_per_item(n), item;
+    for (size_t i = 0; i < count; i++) total += ceil_div(panel_count(products[i].matrix), width);
     struct Items items = share_items(s, thread, total);
     while (next_item(&items, &item)) {
         const struct Product *product = products;
-        size_t width = panels_per_item(product->matrix->dtype, n), first = item;
-        for (size_t here; first >= (here = ceil_div(panel_count(product->matrix), width)); first -= here) {
-            product++;
-            width = panels_per_item(product->matrix->dtype, n);
-        }
+        size_t first = item;
+        for (size_t here; first >= (here = ceil_div(panel_count(product->matrix), width)); first -= here) product++;
         size_t panels = min_size(width, panel_count(product->matrix) - first * width);
         multiply_tile(s, worker, product->matrix, first * width, panels, product->x, n, worker->gate_tile);
         store_tile(product, first * width * PANEL_ROWS, panels * PANEL_ROWS, worker->gate_tile, n);
@@ -1519,7 +1608,8 @@ static void quantize_activations(const struct Session *s, const struct Activatio
             width = rotation_width(length - k);
             s->kernels->rotate_columns(values + first + k, width, rotated + k);
         }
-        s->kernels->quantize_row(rotated, length, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP);
+        s->kernels->quantize_block(rotated, length, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP,
+                                   a->block_sums + at / K_BLOCK);
     }
 }
 
@@ -2041,16 +2131,13 @@ static void plan_jobs(struct Session *s, size_t layer) {
 // hidden = silu(gate * x) * (up * x) of all jobs. All threads call it.
 static void run_gate_up(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
-    size_t total = 0, item;
-    for (size_t j = 0; j < s->job_count; j++) total += ceil_div(panel_count(&s->jobs[j].gate), panels_per_item(s->jobs[j].gate.dtype, s->n));
+    size_t total = 0, width = panels_per_item(s->n), item;
+    for (size_t j = 0; j < s->job_count; j++) total += ceil_div(panel_count(&s->jobs[j].gate), width);
     struct Items items = share_items(s, thread, total);
     while (next_item(&items, &item)) {
         const struct FeedForwardJob *job = s->jobs;
-        size_t width = panels_per_item(job->gate.dtype, s->n), first = item;
-        for (size_t here; first >= (here = ceil_div(panel_count(&job->gate), width)); first -= here) {
-            job++;
-            width = panels_per_item(job->gate.dtype, s->n);
-        }
+        size_t first = item;
+        for (size_t here; first >= (here = ceil_div(panel_count(&job->gate), width)); first -= here) job++;
         size_t panels = min_size(width, panel_count(&job->gate) - first * width), columns = panels * PANEL_ROWS;
         multiply_tile(s, w, &job->gate, first * width, panels, job->inputs, job->n, w->gate_tile);
         multiply_tile(s, w, &job->up, first * width, panels, job->inputs, job->n, w->up_tile);
@@ -2072,7 +2159,7 @@ static void quantize_hidden(struct Session *s, int thread) {
 static void run_down(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
     size_t hidden = s->model->config.hidden_size, panels_in_all = ceil_div(hidden, PANEL_ROWS), item;
-    size_t width = panels_per_item(s->jobs[0].down.dtype, s->n);
+    size_t width = panels_per_item(s->n);
     struct Items items = share_items(s, thread, ceil_div(panels_in_all, width));
     while (next_item(&items, &item)) {
         size_t panels = min_size(width, panels_in_all - item * width), columns = panels * PANEL_ROWS;

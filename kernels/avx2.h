@@ -211,8 +211,7 @@ AVX2_INLINE void product_q8_avx2_tile(const uint8_t *panel, size_t cols, const s
         const float *scales = (const float *)(const void *)panel;          // [32]
         const uint8_t *w = panel + block_head_bytes(DTYPE_Q8, length);     // [length/4][32][4]
         int32_t start[4] = {0};                                            // takes back the 128 times each quant
-        for (size_t t = 0; vnni && t < n; t++)
-            for (size_t g = 0; g < length / K_GROUP; g++) start[t] -= 128 * x[t].sums[first / K_GROUP + g];
+        for (size_t t = 0; vnni && t < n; t++) start[t] = -128 * x[t].block_sums[first / K_BLOCK];
         for (size_t row = 0; row < PANEL_ROWS; row += 8 * vectors) {
             __m256i sum[4][4];
             UNROLL for (size_t t = 0; t < n; t++)
@@ -318,39 +317,38 @@ AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, WITH_VNNI)
 
 // ---- everything else
 
-AVX2 static void quantize_row_avx2(const float *x, size_t cols, int8_t *quants, float *scales, int32_t *sums) {
+AVX2 static void quantize_block_avx2(const float *x, size_t cols, int8_t *quants, float *scale, int32_t *sums,
+                                     int32_t *block_sum) {
     const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    for (size_t first = 0; first < cols; first += K_BLOCK) {
-        size_t end = min_size(first + K_BLOCK, cols);
-        __m256 largest8 = _mm256_setzero_ps();
-        // max_ps(a, b) is a > b ? a : b, so a not-a-number in a leaves b.
-        for (size_t k = first; k < end; k += 8)
-            largest8 = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(x + k), no_sign), largest8);
-        __m128 largest4 = _mm_max_ps(_mm256_castps256_ps128(largest8), _mm256_extractf128_ps(largest8, 1));
-        largest4 = _mm_max_ps(largest4, _mm_movehl_ps(largest4, largest4));
-        float largest = _mm_cvtss_f32(_mm_max_ss(largest4, _mm_movehdup_ps(largest4)));
-        float scale = largest < INFINITY ? largest / 127.0f : 0.0f;
-        float inverse = scale > 1e-38f ? 1.0f / scale : 0.0f;
-        scales[first / K_BLOCK] = inverse > 0 ? scale : 0.0f;
-        for (size_t group = first; group < end; group += K_GROUP) {
-            __m256i nearest[4];
-            UNROLL for (size_t v = 0; v < 4; v++) {
-                __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + group + 8 * v), _mm256_set1_ps(inverse));
-                scaled = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
-                nearest[v] = _mm256_cvtps_epi32(scaled);                   // to nearest even
-            }
-            __m256i words0 = _mm256_packs_epi32(nearest[0], nearest[1]),
-                    words1 = _mm256_packs_epi32(nearest[2], nearest[3]);
-            // The packs work on each 128 bits apart: groups of four come out as 0 2 4 6 1 3 5 7.
-            __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1),
-                                                        _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-            _mm256_storeu_si256((__m256i *)(void *)(quants + group), bytes);
-            __m256i sum8 =
-                _mm256_add_epi32(_mm256_add_epi32(nearest[0], nearest[1]), _mm256_add_epi32(nearest[2], nearest[3]));
-            __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(sum8), _mm256_extracti128_si256(sum8, 1));
-            sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));
-            sums[group / K_GROUP] = _mm_cvtsi128_si32(_mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0xb1)));
+    __m256 largest8 = _mm256_setzero_ps();
+    // max_ps(a, b) is a > b ? a : b, so a not-a-number in a leaves b.
+    for (size_t k = 0; k < cols; k += 8)
+        largest8 = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(x + k), no_sign), largest8);
+    __m128 largest4 = _mm_max_ps(_mm256_castps256_ps128(largest8), _mm256_extractf128_ps(largest8, 1));
+    largest4 = _mm_max_ps(largest4, _mm_movehl_ps(largest4, largest4));
+    float largest = _mm_cvtss_f32(_mm_max_ss(largest4, _mm_movehdup_ps(largest4)));
+    *scale = largest < INFINITY ? largest / 127.0f : 0.0f;
+    float inverse = *scale > 1e-38f ? 1.0f / *scale : 0.0f;
+    if (!(inverse > 0)) *scale = 0;
+    *block_sum = 0;
+    for (size_t group = 0; group < cols; group += K_GROUP) {
+        __m256i nearest[4];
+        UNROLL for (size_t v = 0; v < 4; v++) {
+            __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + group + 8 * v), _mm256_set1_ps(inverse));
+            scaled = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
+            nearest[v] = _mm256_cvtps_epi32(scaled);                       // to nearest even
         }
+        __m256i words0 = _mm256_packs_epi32(nearest[0], nearest[1]), words1 = _mm256_packs_epi32(nearest[2], nearest[3]);
+        // The packs work on each 128 bits apart: groups of four come out as 0 2 4 6 1 3 5 7.
+        __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1),
+                                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256((__m256i *)(void *)(quants + group), bytes);
+        __m256i sum8 =
+            _mm256_add_epi32(_mm256_add_epi32(nearest[0], nearest[1]), _mm256_add_epi32(nearest[2], nearest[3]));
+        __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(sum8), _mm256_extracti128_si256(sum8, 1));
+        sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));
+        sums[group / K_GROUP] = _mm_cvtsi128_si32(_mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0xb1)));
+        *block_sum += sums[group / K_GROUP];
     }
 }
 
@@ -550,7 +548,9 @@ static bool has_avxvnni(void) {
         .name = table,                                                                                                  \
         .product = {[DTYPE_F32] = product_f32_avx2, [DTYPE_BF16] = product_bf16_avx2, [DTYPE_F8] = product_f8_avx2,     \
                     [DTYPE_Q8] = q8, [DTYPE_Q4] = q4},                                                                  \
-        .quantize_row = quantize_row_avx2,                                                                              \
+        .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4},                                                     \
+        .multiply_unpacked = multiply_unpacked,                                                                         \
+        .quantize_block = quantize_block_avx2,                                                                          \
         .rotate_columns = rotate_columns_avx2,                                                                              \
         .dot = dot_avx2,                                                                                                \
         .score_rows = score_rows_avx2,                                                                                  \

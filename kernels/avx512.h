@@ -74,9 +74,7 @@ AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, con
         const uint8_t *w = panel + block_head_bytes(DTYPE_Q8, length);     // [length/4][32][4]
         __m512i sum[TILE_TOKENS][2], other[TILE_TOKENS][2];
         UNROLL for (size_t t = 0; t < n; t++) {
-            int32_t quant_sum = 0;
-            for (size_t g = 0; g < length / K_GROUP; g++) quant_sum += x[t].sums[first / K_GROUP + g];
-            sum[t][0] = sum[t][1] = _mm512_set1_epi32(-128 * quant_sum);
+            sum[t][0] = sum[t][1] = _mm512_set1_epi32(-128 * x[t].block_sums[first / K_BLOCK]);
             other[t][0] = other[t][1] = _mm512_setzero_si512();
         }
         if (n < 4) {
@@ -299,6 +297,126 @@ AVX512_PRODUCT(product_f8_avx512)
 AVX512_PRODUCT(product_q8_avx512)
 AVX512_PRODUCT(product_q4_avx512)
 
+// ---- products of many tokens
+// Unpacked weights have 128 added already, so that the inner loop is dot products and loads alone.
+
+AVX512 static void unpack_q8_avx512(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                    float *scales) {
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    const uint8_t *block =
+        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
+        block += block_head_bytes(DTYPE_Q8, length);
+        for (size_t i = 0; i < length * PANEL_ROWS; i += 64)
+            _mm512_storeu_si512(bytes + i, _mm512_xor_si512(_mm512_loadu_si512(block + i), flip));
+        block += value_bytes(DTYPE_Q8, length);
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+// Table values of 16 rows and four columns times their rows' ratios, rounded, plus 128. A row's ratio stands in both
+// halves of its lane: even and odd bytes are multiplied as 16-bit numbers.
+AVX512_INLINE __m512i scale_q4_avx512(__m512i index, __m512i table, __m512i ratios) {
+    __m512i values = _mm512_permutexvar_epi8(index, table);
+    __m512i even = _mm512_mulhrs_epi16(_mm512_srai_epi16(_mm512_slli_epi16(values, 8), 8), ratios);
+    __m512i odd = _mm512_slli_epi16(_mm512_mulhrs_epi16(_mm512_srai_epi16(values, 8), ratios), 8);
+    return _mm512_xor_si512(_mm512_mask_mov_epi8(even, 0xaaaaaaaaaaaaaaaa, odd), _mm512_set1_epi8((char)0x80));
+}
+
+// Bit 4 of an index says whether the row is shifted: the table has both values, twice.
+AVX512 static void unpack_q4_avx512(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                    float *scales) {
+    const __m128i plain = _mm_loadu_si128((const __m128i *)(const void *)Q4_TABLE);
+    const __m256i both = _mm256_setr_m128i(plain, _mm_add_epi8(plain, _mm_set1_epi8(Q4_SHIFT)));
+    const __m512i table = _mm512_broadcast_i64x4(both), nibbles = _mm512_set1_epi8(15);
+    const float *row_scales = (const float *)(const void *)panel;          // [32]
+    const uint8_t *block = panel + panel_head_bytes(DTYPE_Q4) +
+                           first / K_BLOCK * (block_head_bytes(DTYPE_Q4, K_BLOCK) + value_bytes(DTYPE_Q4, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start), groups = length / K_GROUP;
+        const uint8_t *w = block + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
+        __m256i largest = _mm256_setzero_si256();
+        for (size_t g = 0; g < groups; g++) {
+            __m256i sub = _mm256_and_si256(load_bytes_avx2(block + g * PANEL_ROWS), _mm256_set1_epi8((char)0xfe));
+            largest = _mm256_max_epu8(largest, _mm256_abs_epi8(sub));
+        }
+        __m512 inverse[2];
+        UNROLL for (size_t v = 0; v < 2; v++) {
+            __m128i half = v ? _mm256_extracti128_si256(largest, 1) : _mm256_castsi256_si128(largest);
+            __m512 whole = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(half));
+            __mmask16 used = _mm512_cmp_ps_mask(whole, _mm512_setzero_ps(), _CMP_GT_OQ);
+            inverse[v] = _mm512_maskz_div_ps(used, _mm512_set1_ps(32767.0f), whole);
+            _mm512_storeu_ps(scales + 16 * v, _mm512_mul_ps(_mm512_loadu_ps(row_scales + 16 * v), whole));
+        }
+        for (size_t g = 0; g < groups; g++, w += K_GROUP * PANEL_ROWS / 2)
+            UNROLL for (size_t v = 0; v < 2; v++) {
+                __m512i sub = _mm512_cvtepi8_epi32(
+                    _mm_loadu_si128((const __m128i *)(const void *)(block + g * PANEL_ROWS + 16 * v)));
+                __mmask16 shifted = _mm512_test_epi32_mask(sub, _mm512_set1_epi32(1));
+                __m512i shift = _mm512_maskz_set1_epi32(shifted, 0x10101010);
+                __m512 scale = _mm512_cvtepi32_ps(_mm512_andnot_si512(_mm512_set1_epi32(1), sub));
+                __m512i ratios = _mm512_cvtps_epi32(_mm512_mul_ps(scale, inverse[v]));
+                ratios = _mm512_mask_mov_epi16(ratios, 0xaaaaaaaa, _mm512_slli_epi32(ratios, 16));
+                UNROLL for (size_t i = 0; i < K_GROUP / 8; i++) {
+                    __m512i pairs = _mm512_loadu_si512(w + i * 4 * PANEL_ROWS + 64 * v);
+                    // (pairs & nibbles) | shift
+                    __m512i low = _mm512_ternarylogic_epi32(pairs, nibbles, shift, 0xea);
+                    __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(pairs, 4), nibbles, shift, 0xea);
+                    uint8_t *eight = bytes + (g * K_GROUP + i * 8) * PANEL_ROWS + 64 * v;
+                    _mm512_storeu_si512(eight, scale_q4_avx512(low, table, ratios));
+                    _mm512_storeu_si512(eight + 4 * PANEL_ROWS, scale_q4_avx512(high, table, ratios));
+                }
+            }
+        block = w;
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+AVX512_INLINE void multiply_unpacked_avx512_tile(const uint8_t *bytes, const float *scales, size_t depth,
+                                                 const struct Row *x, size_t first, const size_t n, float *out,
+                                                 size_t stride) {
+    const int8_t *quants[TILE_TOKENS];
+    UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants + first;
+    for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
+        size_t end = min_size(start + K_BLOCK, depth);
+        __m512i sum[TILE_TOKENS][2];
+        UNROLL for (size_t t = 0; t < n; t++)
+            sum[t][0] = sum[t][1] = _mm512_set1_epi32(-128 * x[t].block_sums[(first + start) / K_BLOCK]);
+#pragma GCC unroll 4
+        for (size_t k = start; k < end; k += 4) {
+            __m512i w0 = _mm512_loadu_si512(bytes + k * PANEL_ROWS), w1 = _mm512_loadu_si512(bytes + k * PANEL_ROWS + 64);
+            UNROLL for (size_t t = 0; t < n; t++) {
+                __m512i q = broadcast_quants_avx512(quants[t] + k);
+                sum[t][0] = add_byte_products_avx512(sum[t][0], w0, q);
+                sum[t][1] = add_byte_products_avx512(sum[t][1], w1, q);
+            }
+        }
+        __m512 scale0 = _mm512_loadu_ps(scales), scale1 = _mm512_loadu_ps(scales + 16);
+        UNROLL for (size_t t = 0; t < n; t++) {
+            float *o = out + t * stride;
+            __m512 x_scale = _mm512_set1_ps(x[t].scales[(first + start) / K_BLOCK]);
+            __m512 value0 = _mm512_cvtepi32_ps(sum[t][0]), value1 = _mm512_cvtepi32_ps(sum[t][1]);
+            _mm512_storeu_ps(o, _mm512_fmadd_ps(value0, _mm512_mul_ps(scale0, x_scale), _mm512_loadu_ps(o)));
+            _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(value1, _mm512_mul_ps(scale1, x_scale), _mm512_loadu_ps(o + 16)));
+        }
+    }
+}
+
+AVX512 static void multiply_unpacked_avx512(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,
+                                            size_t first, size_t n, float *out, size_t stride) {
+#define TILE(tokens) case tokens: multiply_unpacked_avx512_tile(bytes, scales, depth, x, first, tokens, out, stride); break;
+    // In groups of equal size, as nearly as possible.
+    for (size_t groups = ceil_div(n, TILE_TOKENS), count; n; groups--, n -= count, x += count, out += count * stride) {
+        count = ceil_div(n, groups);
+        switch (count) { TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) }
+    }
+#undef TILE
+}
+
 // ---- everything else
 // The last vector of a row is loaded and stored under a mask of the lanes that it has.
 
@@ -314,27 +432,27 @@ AVX512_INLINE float sum_avx512(__m512 x) {
     return _mm_cvtss_f32(sum_lanes_avx2(folded, folded, folded, folded));
 }
 
-AVX512 static void quantize_row_avx512(const float *x, size_t cols, int8_t *quants, float *scales, int32_t *sums) {
-    for (size_t first = 0; first < cols; first += K_BLOCK) {
-        size_t end = min_size(first + K_BLOCK, cols);
-        __m512 largest16 = _mm512_setzero_ps();
-        // max_ps(a, b) is a > b ? a : b, so a not-a-number in a leaves b.
-        for (size_t k = first; k < end; k += 16)
-            largest16 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + k)), largest16);
-        float largest = _mm512_reduce_max_ps(largest16);
-        float scale = largest < INFINITY ? largest / 127.0f : 0.0f;
-        float inverse = scale > 1e-38f ? 1.0f / scale : 0.0f;
-        scales[first / K_BLOCK] = inverse > 0 ? scale : 0.0f;
-        for (size_t group = first; group < end; group += K_GROUP) {
-            __m512i nearest[2];
-            UNROLL for (size_t v = 0; v < 2; v++) {
-                __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + group + 16 * v), _mm512_set1_ps(inverse));
-                scaled = _mm512_min_ps(_mm512_max_ps(scaled, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
-                nearest[v] = _mm512_cvtps_epi32(scaled);                   // to nearest even
-                _mm_storeu_si128((__m128i *)(void *)(quants + group + 16 * v), _mm512_cvtepi32_epi8(nearest[v]));
-            }
-            sums[group / K_GROUP] = _mm512_reduce_add_epi32(_mm512_add_epi32(nearest[0], nearest[1]));
+AVX512 static void quantize_block_avx512(const float *x, size_t cols, int8_t *quants, float *scale, int32_t *sums,
+                                         int32_t *block_sum) {
+    __m512 largest16 = _mm512_setzero_ps();
+    // max_ps(a, b) is a > b ? a : b, so a not-a-number in a leaves b.
+    for (size_t k = 0; k < cols; k += 16)
+        largest16 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + k)), largest16);
+    float largest = _mm512_reduce_max_ps(largest16);
+    *scale = largest < INFINITY ? largest / 127.0f : 0.0f;
+    float inverse = *scale > 1e-38f ? 1.0f / *scale : 0.0f;
+    if (!(inverse > 0)) *scale = 0;
+    *block_sum = 0;
+    for (size_t group = 0; group < cols; group += K_GROUP) {
+        __m512i nearest[2];
+        UNROLL for (size_t v = 0; v < 2; v++) {
+            __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + group + 16 * v), _mm512_set1_ps(inverse));
+            scaled = _mm512_min_ps(_mm512_max_ps(scaled, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
+            nearest[v] = _mm512_cvtps_epi32(scaled);                       // to nearest even
+            _mm_storeu_si128((__m128i *)(void *)(quants + group + 16 * v), _mm512_cvtepi32_epi8(nearest[v]));
         }
+        sums[group / K_GROUP] = _mm512_reduce_add_epi32(_mm512_add_epi32(nearest[0], nearest[1]));
+        *block_sum += sums[group / K_GROUP];
     }
 }
 
@@ -554,7 +672,9 @@ static const struct Kernels avx512_kernels = {
     .name = "avx512",
     .product = {[DTYPE_F32] = product_f32_avx512, [DTYPE_BF16] = product_bf16_avx512, [DTYPE_F8] = product_f8_avx512,
                 [DTYPE_Q8] = product_q8_avx512, [DTYPE_Q4] = product_q4_avx512},
-    .quantize_row = quantize_row_avx512,
+    .unpack = {[DTYPE_Q8] = unpack_q8_avx512, [DTYPE_Q4] = unpack_q4_avx512},
+    .multiply_unpacked = multiply_unpacked_avx512,
+    .quantize_block = quantize_block_avx512,
     .rotate_columns = rotate_columns_avx512,
     .dot = dot_avx512,
     .score_rows = score_rows_avx512,

@@ -152,7 +152,7 @@ static struct Row new_row(size_t cols, enum PanelContents filling) {
     size_t blocks = ceil_div(cols, K_BLOCK), groups = cols / K_GROUP;
     float *values = new_buffer(cols * sizeof *values, 0), *scales = new_buffer(blocks * sizeof *scales, 0);
     int8_t *quants = new_buffer(cols, 0);
-    int32_t *sums = new_buffer(groups * sizeof *sums, 0);
+    int32_t *sums = new_buffer(groups * sizeof *sums, 0), *block_sums = new_buffer(blocks * sizeof *sums, 0);
     int sign = next_bits() & 1 ? 1 : -1;
     for (size_t b = 0; b < blocks; b++) scales[b] = filling == TINY ? 1 : next_float();
     for (size_t k = 0; k < cols; k++) {
@@ -161,8 +161,9 @@ static struct Row new_row(size_t cols, enum PanelContents filling) {
                                                 : next_integer(-127, 127));
         values[k] = filling == TINY ? (float)next_integer(-3, 3) : next_float();
         sums[k / K_GROUP] += quants[k];
+        block_sums[k / K_BLOCK] += quants[k];
     }
-    return (struct Row){values, quants, scales, sums};
+    return (struct Row){values, quants, scales, sums, block_sums};
 }
 
 static void free_row(struct Row row) {
@@ -170,6 +171,7 @@ static void free_row(struct Row row) {
     free((void *)row.quants);
     free((void *)row.scales);
     free((void *)row.sums);
+    free((void *)row.block_sums);
 }
 
 // ---- tests
@@ -228,6 +230,76 @@ static void test_product(const struct Kernels *table, uint32_t dtype, enum Panel
     }
 }
 
+// Unpacking and multiply_unpacked() of every table give what the portable ones give, to the bit within a k-block; of q8
+// that is what product() gives, of q4 nearly.
+static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum PanelContents filling) {
+    enum { TOKENS = 19, STRIDE = 3 * PANEL_ROWS };
+    for (size_t c = 0; c < COLS_COUNT; c++) {
+        size_t cols = COLS[c], offset = c & 1 ? 32 : 0;
+        uint8_t *panel = new_buffer(panel_bytes(dtype, cols), offset);
+        fill_test_panel(dtype, panel, cols, filling);
+        struct Row rows[TOKENS];
+        for (size_t t = 0; t < TOKENS; t++) rows[t] = new_row(cols, filling);
+        // From each k-block on, up to 512 columns.
+        for (size_t first = 0; first < cols; first += 2 * K_BLOCK) {
+            size_t depth = min_size(2 * K_BLOCK, cols - first), blocks = ceil_div(depth, K_BLOCK);
+            uint8_t *bytes = new_buffer(depth * PANEL_ROWS, 0);
+            float *scales = new_buffer(blocks * PANEL_ROWS * sizeof *scales, 0);
+            static float out[2][TOKENS][STRIDE];
+            const struct Kernels *tables[] = {&portable_kernels, table};
+            for (size_t i = 0; i < 2; i++) {
+                for (size_t j = 0; j < TOKENS * STRIDE; j++) out[i][j / STRIDE][j % STRIDE] = (float)(j % 5);
+                tables[i]->unpack[dtype](panel, cols, first, depth, bytes, scales);
+                for (size_t n = 1, t = 0; t < TOKENS; t += n, n = min_size(n + 1, TOKENS - t))   // 1, 2, 3, 4, 5, 4
+                    tables[i]->multiply_unpacked(bytes, scales, depth, rows + t, first, n, out[i][t] + PANEL_ROWS, STRIDE);
+            }
+            for (size_t t = 0; t < TOKENS; t++)
+                for (size_t r = 0; r < STRIDE; r++) {
+                    float got = out[1][t][r], want = out[0][t][r];
+                    bool inside = r / PANEL_ROWS == 1;
+                    double size = 4;
+                    for (size_t k = 0; inside && filling != TINY && k < depth; k += K_BLOCK)
+                        size += 256.0 * 127 * 127 * fabs((double)scales[k / K_BLOCK * PANEL_ROWS + r % PANEL_ROWS]) *
+                                fabs((double)rows[t].scales[(first + k) / K_BLOCK]);
+                    EXPECT(inside && filling != TINY ? fabs(got - want) <= 1e-6 * size : same_bits(&got, &want, 1),
+                           "%zu columns from %zu: token %zu, row %zu: %.9g, not %.9g", depth, first, t, r, (double)got,
+                           (double)want);
+                }
+            free(bytes), free(scales);
+        }
+        // All tokens at once: a token's bits do not depend on its company, and are those of product() or near them.
+        if (cols <= 2 * K_BLOCK) {
+            uint8_t *bytes = new_buffer(cols * PANEL_ROWS, 0);
+            float scales[2 * PANEL_ROWS], product[PANEL_ROWS];
+            static float together[TOKENS][PANEL_ROWS];
+            memset(together, 0, sizeof together);
+            table->unpack[dtype](panel, cols, 0, cols, bytes, scales);
+            table->multiply_unpacked(bytes, scales, cols, rows, 0, TOKENS, together[0], PANEL_ROWS);
+            for (size_t t = 0; t < TOKENS; t++) {
+                float alone[PANEL_ROWS] = {0};
+                table->multiply_unpacked(bytes, scales, cols, rows + t, 0, 1, alone, PANEL_ROWS);
+                EXPECT(same_bits(alone, together[t], PANEL_ROWS), "%zu columns: token %zu depends on its company", cols, t);
+                table->product[dtype](panel, cols, rows + t, 1, product);
+                if (dtype == DTYPE_Q8) {
+                    EXPECT(same_bits(alone, product, PANEL_ROWS), "%zu columns: token %zu differs from product()", cols, t);
+                    continue;
+                }
+                for (size_t r = 0; r < PANEL_ROWS; r++) {
+                    double most = 0;       // half a unit of each weight, and of its ratio
+                    for (size_t k = 0; k < cols; k++)
+                        most += 0.51 * fabs((double)scales[k / K_BLOCK * PANEL_ROWS + r] * rows[t].quants[k] *
+                                            rows[t].scales[k / K_BLOCK]);
+                    EXPECT(fabs(alone[r] - product[r]) <= most * 1.01 + 1e-6, "%zu columns: %.9g is too far from product()'s %.9g",
+                           cols, (double)alone[r], (double)product[r]);
+                }
+            }
+            free(bytes);
+        }
+        for (size_t t = 0; t < TOKENS; t++) free_row(rows[t]);
+        free_buffer(panel, offset);
+    }
+}
+
 static void test_products(const struct Kernels *table) {
     static const char *const fillings[] = {"random", "largest and smallest", "tiny integer"};
     for (uint32_t dtype = DTYPE_F32; dtype < DTYPE_COUNT; dtype++)
@@ -236,19 +308,23 @@ static void test_products(const struct Kernels *table) {
             snprintf(what, sizeof what, "product %s, %s weights", dtype_name(dtype), fillings[filling]);
             test_product(table, dtype, filling);
             report(table->name, what);
+            if (!table->unpack[dtype]) continue;
+            snprintf(what, sizeof what, "unpack %s, %s weights", dtype_name(dtype), fillings[filling]);
+            test_unpacked(table, dtype, filling);
+            report(table->name, what);
         }
 }
 
-static void test_quantize_row(const struct Kernels *table) {
+static void test_quantize_block(const struct Kernels *table) {
     static const float specials[] = {0,     -0.0f,  INFINITY, -INFINITY, NAN,  1e-42f, -1e-38f,
                                      3e38f, 1e-30f, 127,      0.5f,      1.5f, -2.5f};
-    for (size_t c = 0; c < COLS_COUNT; c++)
+    for (size_t cols = K_GROUP; cols <= K_BLOCK; cols += K_GROUP)
         for (int kind = 0; kind < 24; kind++) {
-            size_t cols = COLS[c], blocks = ceil_div(cols, K_BLOCK), groups = cols / K_GROUP;
-            float *x = new_buffer(cols * sizeof *x, 0), *scales = new_buffer(blocks * sizeof *scales, 0),
-                  *want_scales = new_buffer(blocks * sizeof *scales, 0);
+            size_t groups = cols / K_GROUP;
+            float *x = new_buffer(cols * sizeof *x, 0), scale, want_scale;
             int8_t *quants = new_buffer(cols, 0), *want = new_buffer(cols, 0);
             int32_t *sums = new_buffer(groups * sizeof *sums, 0), *want_sums = new_buffer(groups * sizeof *sums, 0);
+            int32_t block_sum, want_block_sum, total = 0;
             for (size_t k = 0; k < cols; k++) {
                 float special = specials[next_bits() % (sizeof specials / sizeof *specials)];
                 switch (kind) {
@@ -257,22 +333,23 @@ static void test_quantize_row(const struct Kernels *table) {
                 case 2: x[k] = next_float() * 1e-38f; break;             // scales at the edge of the smallest
                 case 3: x[k] = next_float() * 1e-36f; break;
                 case 4: x[k] = next_float() * 3e38f; break;
-                case 5: x[k] = (float)next_integer(-254, 254) * 0.5f; break;   // ties
+                case 5: x[k] = k ? (float)next_integer(-254, 254) * 0.5f : 127; break;   // ties: scale 1
                 case 6: x[k] = NAN; break;
                 case 7: x[k] = float_from_bits(next_bits()); break;
                 default: x[k] = next_bits() % 97 ? next_float() : kind & 1 ? special : 2 * next_float();
                 }
             }
-            if (kind == 5)
-                for (size_t k = 0; k < cols; k += K_BLOCK) x[k] = 127;     // scale 1
-            portable_kernels.quantize_row(x, cols, want, want_scales, want_sums);
-            table->quantize_row(x, cols, quants, scales, sums);
-            EXPECT(same_bits(scales, want_scales, blocks), "%zu columns, input %d: scales differ", cols, kind);
+            portable_kernels.quantize_block(x, cols, want, &want_scale, want_sums, &want_block_sum);
+            table->quantize_block(x, cols, quants, &scale, sums, &block_sum);
+            for (size_t k = 0; k < cols; k++) total += quants[k];
+            EXPECT(same_bits(&scale, &want_scale, 1), "%zu columns, input %d: scales differ", cols, kind);
             EXPECT(!memcmp(quants, want, cols), "%zu columns, input %d: integers differ", cols, kind);
             EXPECT(!memcmp(sums, want_sums, groups * sizeof *sums), "%zu columns, input %d: sums differ", cols, kind);
-            free(x), free(scales), free(want_scales), free(quants), free(want), free(sums), free(want_sums);
+            EXPECT(block_sum == total && want_block_sum == total, "%zu columns, input %d: the block's sum is %d, not %d",
+                   cols, kind, block_sum, total);
+            free(x), free(quants), free(want), free(sums), free(want_sums);
         }
-    report(table->name, "quantize_row, same bits as portable");
+    report(table->name, "quantize_block, same bits as portable");
 }
 
 static const size_t LENGTHS[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 64, 80, 100, 128, 192, 256, 512, 576, 1000};
@@ -417,7 +494,7 @@ int main(void) {
     size_t count = list_kernels(list);
     for (size_t i = 0; i < count; i++) {
         test_products(list[i]);
-        test_quantize_row(list[i]);
+        test_quantize_block(list[i]);
         test_attention(list[i]);
         test_exponentials(list[i]);
         test_conversions(list[i]);
