@@ -18,7 +18,8 @@ CPUS    := $(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),2)
 PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(CPUS))
 
 .DEFAULT_GOAL := all
-.PHONY: all help deps demo test test-programs test-real asan asan-programs valgrind fuzz fuzz-programs bench clean install
+.PHONY: all help deps demo test test-programs test-real asan asan-programs arm64-programs valgrind fuzz \
+        fuzz-programs bench clean install
 .DELETE_ON_ERROR:
 
 all: $(BIN)/r1 $(BIN)/r1-convert
@@ -193,6 +194,19 @@ asan:
 	@$(PARALLEL) asan-programs
 	@$(RUN_TESTS) --build build/asan $(ONLY)
 
+# The test of the kernels as a program for 64-bit ARM, which qemu runs: one for the first processors of that kind and one for those
+# with dot product instructions. All it takes of the target is libc: the headers of r1.c's libraries are this machine's, and the
+# functions that call them are left out, since the test does not.
+ARM64_CC ?= aarch64-linux-gnu-gcc
+ARM64_FLAGS = $(filter-out -fopenmp,$(FLAGS)) -fopenmp-simd -DTESTING -Wno-unused-function -static \
+              $(addprefix -idirafter,$(wildcard /usr/include/*-linux-gnu))
+
+$(BUILD)/arm64/%: tests/kernels.c Makefile
+	@mkdir -p $(@D)
+	$(ARM64_CC) $(ARM64_FLAGS) -march=$* $(CPPFLAGS) -MMD -MP -MF $@.d -o $@ $< -lm
+
+arm64-programs: $(BUILD)/arm64/armv8-a $(BUILD)/arm64/armv8.2-a+dotprod
+
 valgrind:
 	@command -v valgrind >/dev/null || { echo "valgrind is missing: apt-get install valgrind" >&2; exit 1; }
 	@$(PARALLEL) CFLAGS="-O2 -g" BUILD=build/valgrind BIN=build/valgrind all test-programs
@@ -236,4 +250,4 @@ install: all
 clean:
 	rm -rf build r1 r1-convert
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/convert/*.d $(BUILD)/tests/*.d build/fuzz/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/convert/*.d $(BUILD)/tests/*.d $(BUILD)/arm64/*.d build/fuzz/*.d)

@@ -272,6 +272,57 @@ static void mix_rows_neon(const float *weights, const float *rows, size_t row_st
     mix_rows_body(weights, rows + c, row_stride, count, cols - c, out + c);
 }
 
+// One stage of hadamard_down(), and all of it, of 16 rows of 4 columns that stand in registers.
+INLINE void hadamard_stage_neon(float32x4_t *row, const size_t half) {
+    _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) {
+        if (r & half) continue;
+        float32x4_t sum = vaddq_f32(row[r], row[r + half]);
+        row[r + half] = vsubq_f32(row[r], row[r + half]);
+        row[r] = sum;
+    }
+}
+
+INLINE void hadamard_16_neon(float32x4_t *row) {
+    hadamard_stage_neon(row, 1);
+    hadamard_stage_neon(row, 2);
+    hadamard_stage_neon(row, 4);
+    hadamard_stage_neon(row, 8);
+}
+
+// A whole k-block, [16][16]: 4 columns at a time stand in 16 registers; shorter blocks are rare.
+static void rotate_columns_neon(const float *x, size_t n, float *out) {
+    if (n != K_BLOCK) {
+        rotate_columns_body(x, n, out);
+        return;
+    }
+    float turned[K_BLOCK];
+    const uint32x4_t sign = vdupq_n_u32(0x80000000);
+    const int32x4_t place = {31, 30, 29, 28};
+    float32x4_t row[16];
+    for (size_t c = 0; c < 16; c += 4) {
+        _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) {
+            // Each column's bit, shifted to where a float has its sign.
+            uint32x4_t bits = vdupq_n_u32(rotation_signs[r / 2] >> (r % 2 * 16 + c));
+            uint32x4_t minus = vandq_u32(vshlq_u32(bits, place), sign);
+            row[r] = vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(vld1q_f32(x + r * 16 + c)), minus));
+        }
+        hadamard_16_neon(row);
+        _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) vst1q_f32(turned + r * 16 + c, row[r]);
+    }
+    for (size_t r = 0; r < 16; r += 4) {                 // rows r to r + 3, transposed, are columns r to r + 3
+        UNROLL for (size_t c = 0; c < 16; c += 4) {
+            const float *from = turned + r * 16 + c;
+            float32x4x2_t a = vzipq_f32(vld1q_f32(from), vld1q_f32(from + 32));          // rows 0 and 2
+            float32x4x2_t b = vzipq_f32(vld1q_f32(from + 16), vld1q_f32(from + 48));     // rows 1 and 3
+            float32x4x2_t low = vzipq_f32(a.val[0], b.val[0]), high = vzipq_f32(a.val[1], b.val[1]);
+            row[c] = low.val[0], row[c + 1] = low.val[1], row[c + 2] = high.val[0], row[c + 3] = high.val[1];
+        }
+        hadamard_16_neon(row);
+        _Pragma("GCC unroll 16") for (size_t c = 0; c < 16; c++)
+            vst1q_f32(out + c * 16 + r, vmulq_n_f32(row[c], rotation_norm(K_BLOCK)));
+    }
+}
+
 static void half_to_float_neon(const uint16_t *half, float *out, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half + i))));
@@ -303,7 +354,7 @@ static const struct Kernels neon_kernels = {
     .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4},
     .multiply_unpacked = multiply_unpacked,
     .quantize_block = quantize_block_body,
-    .rotate_columns = rotate_columns_body,
+    .rotate_columns = rotate_columns_neon,
     .dot = dot_neon,
     .score_rows = score_rows_neon,
     .mix_rows = mix_rows_neon,

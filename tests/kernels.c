@@ -1,5 +1,6 @@
 // Tests every kernel table that this processor can run: the products against exact sums in double, everything against
 // the portable table, and that a token's result has the same bits whichever other tokens are in the call.
+// `kernels TABLE` tests that one alone.
 //
 // Prints one line `ok   kernels: TABLE: WHAT` or `FAIL kernels: TABLE: WHAT: WHY` for each thing and ends with status 1
 // if one failed. Buffers are allocated to the exact byte, so that a build with the address sanitizer sees every read
@@ -352,6 +353,24 @@ static void test_quantize_block(const struct Kernels *table) {
     report(table->name, "quantize_block, same bits as portable");
 }
 
+static void test_rotate_columns(const struct Kernels *table) {
+    for (size_t n = 32; n <= K_BLOCK; n *= 2)
+        for (int kind = 0; kind < 16; kind++) {
+            float *x = new_buffer(n * sizeof *x, 0), *out = new_buffer(n * sizeof *out, 0),
+                  *want = new_buffer(n * sizeof *want, 0);
+            // Even kinds: numbers of all sizes, so that an addition in another order shows; odd ones: zeros of both signs,
+            // too.
+            for (size_t k = 0; k < n; k++)
+                x[k] = kind % 2 && next_bits() % 4 ? next_bits() % 2 ? -0.0f : 0.0f
+                                                   : next_float() * ldexpf(1, next_integer(-20, 20));
+            portable_kernels.rotate_columns(x, n, want);
+            table->rotate_columns(x, n, out);
+            EXPECT(same_bits(out, want, n), "%zu columns, input %d: the values differ", n, kind);
+            free(x), free(out), free(want);
+        }
+    report(table->name, "rotate_columns, same bits as portable");
+}
+
 static const size_t LENGTHS[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 64, 80, 100, 128, 192, 256, 512, 576, 1000};
 enum { LENGTHS_COUNT = sizeof LENGTHS / sizeof *LENGTHS };
 
@@ -489,12 +508,14 @@ static void test_conversions(const struct Kernels *table) {
     report(table->name, "int8_to_float");
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     const struct Kernels *list[MAX_KERNEL_TABLES];
     size_t count = list_kernels(list);
     for (size_t i = 0; i < count; i++) {
+        if (argc > 1 && strcmp(argv[1], list[i]->name) != 0) continue;
         test_products(list[i]);
         test_quantize_block(list[i]);
+        test_rotate_columns(list[i]);
         test_attention(list[i]);
         test_exponentials(list[i]);
         test_conversions(list[i]);

@@ -62,20 +62,23 @@ rejects() {
     fi
 }
 
-# program NAME ARGUMENT...: a test program of build/tests that prints its own lines, "ok WHAT" or "FAIL WHAT: WHY"; a crash shows in
-# its status.
-program() {
-    local name=$1 status
+# results NAME COMMAND...: the command runs a test program that prints its own lines, "ok NAME: WHAT" or "FAIL NAME: WHAT: WHY", with
+# NAME or without; a crash shows in its status. program NAME ARGUMENT...: that for a program of build/tests.
+results() {
+    local name=$1 said status
     shift
-    timeout 300 "$build/tests/$name" "$@" >"$scratch/program" 2>&1 </dev/null
+    said=$(mktemp "$scratch/said.XXXXXX")
+    timeout 300 "$@" >"$said" 2>&1 </dev/null
     status=$?
-    sed -nE "s/^(ok|FAIL|skip) +($name: )?/\\1 /p" "$scratch/program" | sed "s/^ok /ok   $group: /; s/^FAIL /FAIL $group: /; s/^skip /skip $group: /"
-    if [ $status != 0 ] && ! { [ $status = 1 ] && grep -q '^FAIL ' "$scratch/program"; }; then
-        fail "$name" "the program ended with status $status: $(grep -vE '^(ok|skip) ' "$scratch/program" | head -n 20 | tr '\n' '|')"
-    elif ! grep -q '^ok ' "$scratch/program"; then
+    sed -nE "s/^(ok|FAIL|skip) +($name: )?/\\1 /p" "$said" | sed "s/^ok /ok   $group: /; s/^FAIL /FAIL $group: /; s/^skip /skip $group: /"
+    if [ $status != 0 ] && ! { [ $status = 1 ] && grep -q '^FAIL ' "$said"; }; then
+        fail "$name" "the program ended with status $status: $(grep -vE '^(ok|skip) ' "$said" | head -n 20 | tr '\n' '|')"
+    elif ! grep -q '^ok ' "$said"; then
         fail "$name" "the program printed no result"
     fi
+    rm "$said"
 }
+program() { results "$1" "$build/tests/$1" "${@:2}"; }
 
 # ---- models
 

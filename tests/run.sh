@@ -8,7 +8,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-ALL_GROUPS="unit tokenizer golden demo determinism convert file cli build sanitize fuzz"
+ALL_GROUPS="unit tokenizer golden demo determinism convert file cli build neon sanitize fuzz"
 
 build=build
 fuzz_seconds=6
@@ -29,7 +29,7 @@ done
 if [ ${#selected[@]} = 0 ]; then
     # A build that is itself a test is not asked to build more.
     if [ "$build" = build ]; then read -ra selected <<<"$ALL_GROUPS"
-    else read -ra selected <<<"${ALL_GROUPS/ build sanitize fuzz/}"; fi
+    else read -ra selected <<<"${ALL_GROUPS/ build neon sanitize fuzz/}"; fi
 fi
 for group in "${selected[@]}"; do
     [ -f "tests/groups/$group.sh" ] || { echo "no such group: $group (tests/groups has: $(cd tests/groups && echo *.sh | sed 's/\.sh//g'))" >&2; exit 2; }
