@@ -1132,6 +1132,7 @@ static const char *const cache_names[] = {"f32", "f16", "q8"};
 #define GEMM_PANELS 4             // panels of one OpenBLAS product: 128 rows
 #define GEMM_COLUMNS (GEMM_PANELS * PANEL_ROWS)
 #define GEMM_DEPTH 512            // columns of one OpenBLAS product, or of the panels unpacked at a time
+#define HIDDEN_TOKENS 512         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
 #define ATTENTION_CHUNK 64        // cache positions that attention takes at a time, always from a multiple of it
 #define ATTENTION_QUERIES 256     // most queries (tokens times heads) of one piece of attention work
 #define MAX_BATCH 16384
@@ -1166,7 +1167,7 @@ struct FeedForwardJob {
 
 // What a thread needs for itself.
 struct Worker {
-    float *gate_tile, *up_tile;   // [batch][128] results of a product
+    float *gate_tile, *up_tile;   // [batch][128] results of a product, or [512][256]
     float *gemm_weights;          // [512][128]
     uint8_t *unpacked;            // [4 panels][512/4][32][4]
     float *unpacked_scales;       // [4 panels][2][32]
@@ -1320,8 +1321,8 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
         struct Worker ignored, *w = s->workers ? &s->workers[i] : &ignored;
         size_t key = max_size(query_dim(c), cache_key_dim(c)), value = max_size(value_dim(c), c->kv_lora_rank);
         size_t lora = c->kv_lora_rank, softmax_rows = max_size(ATTENTION_QUERIES, batch);
-        w->gate_tile = take(arena, batch * GEMM_COLUMNS, 4);
-        w->up_tile = take(arena, batch * GEMM_COLUMNS, 4);
+        w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, HIDDEN_TOKENS) * K_BLOCK), 4);
+        w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * K_BLOCK, 4);
         w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
         w->unpacked = take(arena, GEMM_COLUMNS * GEMM_DEPTH, 1);
         w->unpacked_scales = take(arena, GEMM_COLUMNS * GEMM_DEPTH / K_BLOCK, 4);
@@ -1477,16 +1478,16 @@ static void expand_panel(const struct Matrix *m, size_t panel, size_t first, siz
     }
 }
 
-// `panels` panels from first_panel on times n rows: out [n][panels * 32].
+// `panels` panels (up to 4) from first_panel on times n rows: out [n][panels * 32], `stride` floats from row to row.
 static void multiply_tile(const struct Session *s, struct Worker *worker, const struct Matrix *m, size_t first_panel, size_t panels,
-                          const struct Row *x, size_t n, float *out) {
-    size_t stride = panels * PANEL_ROWS;
+                          const struct Row *x, size_t n, float *out, size_t stride) {
+    size_t width = panels * PANEL_ROWS;
     if (n <= EXACT_TOKENS) {
         for (size_t p = 0; p < panels; p++) {
             const uint8_t *panel = m->data + (first_panel + p) * m->panel_bytes;
             for (size_t t = 0; t < n; t += TILE_TOKENS) {
                 size_t count = min_size(TILE_TOKENS, n - t);
-                if (panels == 1) {
+                if (stride == PANEL_ROWS) {
                     s->kernels->product[m->dtype](panel, m->cols, x + t, count, out + t * stride);
                     continue;
                 }
@@ -1498,26 +1499,23 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
         }
         return;
     }
-    if (!uses_gemm(m->dtype, n)) memset(out, 0, n * stride * sizeof *out);
+    for (size_t t = 0; t < n && !uses_gemm(m->dtype, n); t++) memset(out + t * stride, 0, width * sizeof *out);
     for (size_t first = 0; first < m->cols; first += GEMM_DEPTH) {
         size_t depth = min_size(GEMM_DEPTH, m->cols - first);
         if (uses_gemm(m->dtype, n)) {
-            for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, stride);
+            for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, width);
             for (size_t t = 0; t < n; t++) memcpy(worker->gemm_inputs + t * depth, x[t].values + first, depth * sizeof(float));
-            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)stride, (int)depth, 1, worker->gemm_inputs, (int)depth,
-                        worker->gemm_weights, (int)stride, first ? 1 : 0, out, (int)stride);
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)width, (int)depth, 1, worker->gemm_inputs, (int)depth,
+                        worker->gemm_weights, (int)width, first ? 1 : 0, out, (int)stride);
             continue;
         }
         const size_t scales = GEMM_DEPTH / K_BLOCK * PANEL_ROWS;
         for (size_t p = 0; p < panels; p++)
             s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_bytes, m->cols, first, depth,
                                          worker->unpacked + p * GEMM_DEPTH * PANEL_ROWS, worker->unpacked_scales + p * scales);
-        for (size_t t = 0, count; t < n; t += count) {
-            count = min_size(n - t, 256);
-            for (size_t p = 0; p < panels; p++)
-                s->kernels->multiply_unpacked(worker->unpacked + p * GEMM_DEPTH * PANEL_ROWS, worker->unpacked_scales + p * scales, depth,
-                                              x + t, first, count, out + t * stride + p * PANEL_ROWS, stride);
-        }
+        for (size_t p = 0; p < panels; p++)
+            s->kernels->multiply_unpacked(worker->unpacked + p * GEMM_DEPTH * PANEL_ROWS, worker->unpacked_scales + p * scales, depth, x,
+                                          first, n, out + p * PANEL_ROWS, stride);
     }
 }
 
@@ -1579,7 +1577,7 @@ static void multiply(struct Session *s, int thread, const struct Product *produc
         size_t first = item;
         for (size_t here; first >= (here = ceil_div(panel_count(product->matrix), width)); first -= here) product++;
         size_t panels = min_size(width, panel_count(product->matrix) - first * width);
-        multiply_tile(s, worker, product->matrix, first * width, panels, product->x, n, worker->gate_tile);
+        multiply_tile(s, worker, product->matrix, first * width, panels, product->x, n, worker->gate_tile, panels * PANEL_ROWS);
         store_tile(product, first * width * PANEL_ROWS, panels * PANEL_ROWS, worker->gate_tile, n);
     }
 }
@@ -1596,21 +1594,23 @@ static void rms_norm(const struct Session *s, const float *x, const float *weigh
     for (size_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
-// Fills in the quantised form of a row whose values are there, in rotated columns as format.h tells.
+// Fills in the quantised form of a k-block of up to 256 values, in rotated columns as format.h tells; it starts at value `at`
+// of the buffer.
+static void quantize_k_block(const struct Session *s, const struct Activations *a, size_t at, const float *values, size_t length) {
+    _Alignas(64) float rotated[K_BLOCK];
+    for (size_t k = 0, width; k < length; k += width) {
+        width = rotation_width(length - k);
+        s->kernels->rotate_columns(values + k, width, rotated + k);
+    }
+    s->kernels->quantize_block(rotated, length, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP, a->block_sums + at / K_BLOCK);
+}
+
+// The same for a row whose values are there.
 static void quantize_activations(const struct Session *s, const struct Activations *a, size_t row, size_t cols) {
     if (!s->integer_weights) return;
     const float *values = a->rows[row].values;
-    size_t at = (size_t)(values - a->values);
-    for (size_t first = 0; first < cols; first += K_BLOCK, at += K_BLOCK) {
-        size_t length = min_size(K_BLOCK, cols - first);
-        _Alignas(64) float rotated[K_BLOCK];
-        for (size_t k = 0, width; k < length; k += width) {
-            width = rotation_width(length - k);
-            s->kernels->rotate_columns(values + first + k, width, rotated + k);
-        }
-        s->kernels->quantize_block(rotated, length, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP,
-                                   a->block_sums + at / K_BLOCK);
-    }
+    for (size_t first = 0; first < cols; first += K_BLOCK)
+        quantize_k_block(s, a, (size_t)(values - a->values) + first, values + first, min_size(K_BLOCK, cols - first));
 }
 
 static void norm_input(struct Session *s, size_t t, const float *x, const float *weight) {
@@ -2128,26 +2128,44 @@ static void plan_jobs(struct Session *s, size_t layer) {
     s->hidden_rows = visit;
 }
 
+// An item of run_gate_up(): some rows of a job's result for some of its tokens. Of many tokens it has 256 rows, the k-block of
+// the product that follows, and quantises it at once: what 512 tokens have there as floats would not fit in a cache.
+#define HIDDEN_PANELS (K_BLOCK / PANEL_ROWS)
+
+static size_t count_gate_up_items(const struct Session *s, const struct FeedForwardJob *job) {
+    size_t panels = panel_count(&job->gate);
+    return s->n > EXACT_TOKENS ? ceil_div(panels, HIDDEN_PANELS) * ceil_div(job->n, HIDDEN_TOKENS) : panels;
+}
+
 // hidden = silu(gate * x) * (up * x) of all jobs. All threads call it.
 static void run_gate_up(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
-    size_t total = 0, width = panels_per_item(s->n), item;
-    for (size_t j = 0; j < s->job_count; j++) total += ceil_div(panel_count(&s->jobs[j].gate), width);
+    bool many = s->n > EXACT_TOKENS;
+    size_t total = 0, item;
+    for (size_t j = 0; j < s->job_count; j++) total += count_gate_up_items(s, &s->jobs[j]);
     struct Items items = share_items(s, thread, total);
     while (next_item(&items, &item)) {
         const struct FeedForwardJob *job = s->jobs;
-        size_t first = item;
-        for (size_t here; first >= (here = ceil_div(panel_count(&job->gate), width)); first -= here) job++;
-        size_t panels = min_size(width, panel_count(&job->gate) - first * width), columns = panels * PANEL_ROWS;
-        multiply_tile(s, w, &job->gate, first * width, panels, job->inputs, job->n, w->gate_tile);
-        multiply_tile(s, w, &job->up, first * width, panels, job->inputs, job->n, w->up_tile);
-        s->kernels->silu_multiply(w->gate_tile, w->up_tile, job->n * columns);
-        size_t first_row = first * width * PANEL_ROWS, rows = min_size(columns, job->gate.rows - first_row);
-        for (size_t i = 0; i < job->n; i++)
-            memcpy(row_values(&s->hidden, (size_t)(job->hidden - s->hidden.rows) + i) + first_row, w->gate_tile + i * columns, rows * sizeof(float));
+        for (size_t here; item >= (here = count_gate_up_items(s, job)); item -= here) job++;
+        size_t chunks = many ? ceil_div(job->n, HIDDEN_TOKENS) : 1, first_token = item % chunks * HIDDEN_TOKENS;
+        size_t first_panel = item / chunks * (many ? HIDDEN_PANELS : 1), n = many ? min_size(HIDDEN_TOKENS, job->n - first_token) : job->n;
+        size_t panels = many ? min_size(HIDDEN_PANELS, panel_count(&job->gate) - first_panel) : 1, columns = panels * PANEL_ROWS;
+        for (size_t p = 0; p < panels; p += GEMM_PANELS) {
+            size_t some = min_size(GEMM_PANELS, panels - p);
+            multiply_tile(s, w, &job->gate, first_panel + p, some, job->inputs + first_token, n, w->gate_tile + p * PANEL_ROWS, columns);
+            multiply_tile(s, w, &job->up, first_panel + p, some, job->inputs + first_token, n, w->up_tile + p * PANEL_ROWS, columns);
+        }
+        s->kernels->silu_multiply(w->gate_tile, w->up_tile, n * columns);
+        size_t first_row = first_panel * PANEL_ROWS, rows = min_size(columns, job->gate.rows - first_row);
+        for (size_t i = 0; i < n; i++) {
+            float *values = row_values(&s->hidden, (size_t)(job->hidden - s->hidden.rows) + first_token + i) + first_row;
+            if (many && job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), w->gate_tile + i * columns, rows);
+            else memcpy(values, w->gate_tile + i * columns, rows * sizeof *values);
+        }
     }
 }
 
+// Of few tokens the hidden rows are quantised when all panels are there.
 static void quantize_hidden(struct Session *s, int thread) {
     for (size_t j = 0, row = 0; j < s->job_count; j++)
         for (size_t i = 0; i < s->jobs[j].n; i++, row++)
@@ -2166,7 +2184,7 @@ static void run_down(struct Session *s, int thread) {
         size_t first_row = item * width * PANEL_ROWS, rows = min_size(columns, hidden - first_row);
         for (size_t j = 0; j < s->job_count; j++) {
             const struct FeedForwardJob *job = &s->jobs[j];
-            multiply_tile(s, w, &job->down, item * width, panels, job->hidden, job->n, w->gate_tile);
+            multiply_tile(s, w, &job->down, item * width, panels, job->hidden, job->n, w->gate_tile, columns);
             for (size_t i = 0; i < job->n; i++) {
                 float *x = s->x + job->tokens[i] * hidden + first_row;
                 for (size_t r = 0; r < rows; r++) x[r] += job->weights[i] * w->gate_tile[i * columns + r];
@@ -2230,8 +2248,10 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
     team_barrier(s->team);
     run_gate_up(s, thread);
     team_barrier(s->team);
-    quantize_hidden(s, thread);
-    team_barrier(s->team);
+    if (s->n <= EXACT_TOKENS) {
+        quantize_hidden(s, thread);
+        team_barrier(s->team);
+    }
     run_down(s, thread);
     team_barrier(s->team);
 }
