@@ -2717,6 +2717,12 @@ static struct Model *open_model(const char *path, bool needs_weights) {
     return model;
 }
 
+// For a command that turns text into tokens or back.
+static void need_tokenizer(const struct Model *model) {
+    if (!tokenizer_size(model->tokenizer))
+        die("%s: the file has no tokenizer; r1-convert --synthetic puts one in with --tokenizer DIR", model->name);
+}
+
 static size_t micro_batch(const struct Command *command, const struct Model *model) {
     if (command->batch != NOT_GIVEN) return command->batch;
     return model->config.n_routed_experts ? 2048 : 512;
@@ -3240,6 +3246,7 @@ static size_t choose_window(const struct Command *command, const struct Model *m
 }
 
 static void read_text_windows(const struct Command *command, const struct Model *model, struct Windows *windows) {
+    need_tokenizer(model);
     const char *path = command->arguments[1];
     size_t bytes, context = choose_window(command, model, PERPLEXITY_CONTEXT);
     char *text = read_file(path, &bytes), error[ERROR_BYTES];
@@ -3896,6 +3903,7 @@ static int run_generation(const struct Command *command, const struct Model *mod
 
 static int command_run(struct Command *command) {
     struct Model *model = open_model(command->arguments[0], true);
+    need_tokenizer(model);
     const char *prompt = command->arguments[1];
     char *input = NULL;
     size_t bytes = prompt ? strlen(prompt) : 0;
@@ -4010,6 +4018,7 @@ static int command_tokenize(struct Command *command) {
     if (command->chat && command->markup) wrong_usage(command, "--chat does not go with --markup");
     if (!isatty(STDOUT_FILENO)) command->ids_only = true;
     struct Model *model = open_model(command->arguments[0], false);
+    need_tokenizer(model);
     if (command->arguments[1]) {
         char *text = strdup(command->arguments[1]);
         if (!text) die("out of memory");
