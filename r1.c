@@ -2,7 +2,7 @@
 //
 // The whole engine is this one file, to be read from top to bottom: helpers, threads, the .r1 file, the kernels in
 // portable C, norms and RoPE, attention, router and experts, forward, sampling. Then come the commands and what they
-// need: options, known shapes, bench, perplexity, generation of text, and main.
+// need: options, synthetic models, bench, perplexity, generation of text, and main.
 // convert/ makes the .r1 files, tokenizer.c turns text into tokens and back, and kernels/ holds faster forms of a
 // dozen inner functions for particular processors; without that folder everything still works, slowly.
 //
@@ -41,6 +41,7 @@
 #include <xxhash.h>
 
 #include "convert/format.h"
+#include "convert/shapes.h"
 #include "tokenizer.h"
 
 // ====================================================================================================================
@@ -2736,6 +2737,12 @@ static struct Model *open_model(const char *path, bool needs_weights) {
     return model;
 }
 
+// For a command that turns text into tokens or back.
+static void need_tokenizer(const struct Model *model) {
+    if (!tokenizer_size(model->tokenizer))
+        die("%s: the file has no tokenizer; r1-convert --synthetic puts one in with --tokenizer DIR", model->name);
+}
+
 static size_t micro_batch(const struct Command *command, const struct Model *model) {
     if (command->batch != NOT_GIVEN) return command->batch;
     return model->config.n_routed_experts ? 2048 : 512;
@@ -2878,249 +2885,67 @@ static int compare_doubles(const void *a, const void *b) {
 }
 
 // ====================================================================================================================
-// Known shapes and synthetic models
+// Synthetic models
 //
-// `r1 bench SHAPE[:TYPE]` times a known model without its file: memory is filled with pseudo-random weights laid out
-// just as r1-convert would lay out the real ones, and bound by the same bind_model(). What it writes makes no sense; how
-// long it takes does.
+// `r1 bench SHAPE[:TYPE]` times a known model without its file: memory is filled with the tensors that convert/shapes.h
+// lists for its shape, the same as in a file of r1-convert --synthetic, and bound by the same bind_model(). What it writes
+// makes no sense; how long it takes does.
 // ====================================================================================================================
-
-// The published config.json of each model. R1's 61 layers are without its MTP layer, which synthetic models leave out.
-static const struct Shape {
-    const char *name;
-    uint32_t source;              // dtype of the published kv_b_proj, which the recipe keeps below 16 bits only where exact
-    struct ModelConfig config;
-} known_shapes[] = {
-#define QWEN2(hidden, intermediate, layers, heads, kv_heads, vocab, theta, eps) \
-    DTYPE_BF16, {.architecture = ARCH_QWEN2, .hidden_size = hidden, .intermediate_size = intermediate, .num_hidden_layers = layers, \
-                 .num_attention_heads = heads, .num_key_value_heads = kv_heads, .head_dim = 128, .vocab_size = vocab, \
-                 .max_position_embeddings = 131072, .attention_bias = 1, .rms_norm_eps = eps, .rope_theta = theta}
-#define LLAMA3(hidden, intermediate, layers, heads) \
-    DTYPE_BF16, {.architecture = ARCH_LLAMA, .hidden_size = hidden, .intermediate_size = intermediate, .num_hidden_layers = layers, \
-                 .num_attention_heads = heads, .num_key_value_heads = 8, .head_dim = 128, .vocab_size = 128256, \
-                 .max_position_embeddings = 131072, .rope_scaling = ROPE_LLAMA3, .rope_original_max_position_embeddings = 8192, \
-                 .rms_norm_eps = 1e-5, .rope_theta = 500000, .rope_factor = 8, .rope_low_freq_factor = 1, .rope_high_freq_factor = 4}
-    {"r1", DTYPE_F8, {
-        .architecture = ARCH_DEEPSEEK_V3, .hidden_size = 7168, .intermediate_size = 18432, .num_hidden_layers = 61,
-        .num_attention_heads = 128, .num_key_value_heads = 128, .vocab_size = 129280, .max_position_embeddings = 163840,
-        .q_lora_rank = 1536, .kv_lora_rank = 512, .qk_nope_head_dim = 128, .qk_rope_head_dim = 64, .v_head_dim = 128,
-        .n_routed_experts = 256, .n_shared_experts = 1, .num_experts_per_tok = 8, .moe_intermediate_size = 2048,
-        .first_k_dense_replace = 3, .n_group = 8, .topk_group = 4, .norm_topk_prob = 1, .rope_scaling = ROPE_YARN,
-        .rope_original_max_position_embeddings = 4096, .rms_norm_eps = 1e-6, .rope_theta = 10000, .routed_scaling_factor = 2.5,
-        .rope_factor = 40, .rope_beta_fast = 32, .rope_beta_slow = 1, .rope_mscale = 1, .rope_mscale_all_dim = 1,
-        .rope_attn_factor = 1}},
-    {"r1-distill-qwen-1.5b", QWEN2(1536, 8960, 28, 12, 2, 151936, 10000, 1e-6)},
-    {"r1-distill-qwen-7b", QWEN2(3584, 18944, 28, 28, 4, 152064, 10000, 1e-6)},
-    {"r1-distill-qwen-14b", QWEN2(5120, 13824, 48, 40, 8, 152064, 1000000, 1e-5)},
-    {"r1-distill-qwen-32b", QWEN2(5120, 27648, 64, 40, 8, 152064, 1000000, 1e-5)},
-    {"r1-distill-llama-8b", LLAMA3(4096, 14336, 32, 32)},
-    {"r1-distill-llama-70b", LLAMA3(8192, 28672, 80, 64)},
-    {"r1-0528-qwen3-8b", DTYPE_BF16, {
-        .architecture = ARCH_QWEN3, .hidden_size = 4096, .intermediate_size = 12288, .num_hidden_layers = 36,
-        .num_attention_heads = 32, .num_key_value_heads = 8, .head_dim = 128, .vocab_size = 151936,
-        .max_position_embeddings = 131072, .qk_norm = 1, .rope_scaling = ROPE_YARN, .rope_original_max_position_embeddings = 32768,
-        .rms_norm_eps = 1e-6, .rope_theta = 1000000, .rope_factor = 4, .rope_beta_fast = 32, .rope_beta_slow = 1,
-        .rope_attn_factor = 0.8782488562869419}},
-    {"moonlight-16b-a3b", DTYPE_BF16, {
-        .architecture = ARCH_DEEPSEEK_V3, .hidden_size = 2048, .intermediate_size = 11264, .num_hidden_layers = 27,
-        .num_attention_heads = 16, .num_key_value_heads = 16, .vocab_size = 163840, .max_position_embeddings = 8192,
-        .kv_lora_rank = 512, .qk_nope_head_dim = 128, .qk_rope_head_dim = 64, .v_head_dim = 128, .n_routed_experts = 64,
-        .n_shared_experts = 2, .num_experts_per_tok = 6, .moe_intermediate_size = 1408, .first_k_dense_replace = 1, .n_group = 1,
-        .topk_group = 1, .norm_topk_prob = 1, .rms_norm_eps = 1e-5, .rope_theta = 50000, .routed_scaling_factor = 2.446}},
-#undef QWEN2
-#undef LLAMA3
-};
-
-#define SHAPE_COUNT (sizeof known_shapes / sizeof *known_shapes)
-
-// The shape that SHAPE[:TYPE] names, NULL if none. *type_name is what follows the colon, or NULL.
-static const struct Shape *find_shape(const char *text, const char **type_name) {
-    size_t length = strcspn(text, ":");
-    *type_name = text[length] ? text + length + 1 : NULL;
-    for (size_t i = 0; i < SHAPE_COUNT; i++)
-        if (strlen(known_shapes[i].name) == length && memcmp(known_shapes[i].name, text, length) == 0) return &known_shapes[i];
-    return NULL;
-}
-
-// What decides a tensor's dtype in the converter's recipe.
-enum Role { ROLE_VECTOR, ROLE_ROUTER, ROLE_TABLE /* embedding, head */, ROLE_LAYER, ROLE_EXPERT, ROLE_KV_FACTOR };
-
-// A model that is being laid out.
-struct Layout {
-    const struct Shape *shape;
-    uint32_t type;
-    bool uniform;
-    size_t count, capacity;
-    struct TensorEntry *entries;
-    uint64_t bytes;
-};
-
-static uint32_t recipe_dtype(const struct Layout *layout, enum Role role) {
-    uint32_t type = layout->type, eight_bits = type == DTYPE_Q4 ? DTYPE_Q8 : type;
-    switch (role) {
-    case ROLE_VECTOR: case ROLE_ROUTER: return DTYPE_F32;
-    case ROLE_KV_FACTOR: return type < DTYPE_Q8 ? type : layout->shape->source;
-    case ROLE_EXPERT: return type;
-    case ROLE_TABLE: return layout->uniform ? type : eight_bits;
-    default: return layout->uniform || !layout->shape->config.n_routed_experts ? type : eight_bits;
-    }
-}
-
-// Adds a tensor of `count` blobs [rows, cols], or of feed-forward networks: gate and up [rows, cols], down [cols, rows].
-static void add_tensor(struct Layout *layout, enum Role role, bool feed_forward, size_t count, size_t rows, size_t cols,
-                       const char *format, size_t layer) {
-    layout->entries = grow(layout->entries, layout->count, &layout->capacity, sizeof *layout->entries);
-    struct TensorEntry *entry = &layout->entries[layout->count++];
-    *entry = (struct TensorEntry){.parts = feed_forward ? 3 : 1, .is_vector = role == ROLE_VECTOR, .experts = count};
-    snprintf(entry->name, sizeof entry->name, format, layer);
-    for (unsigned part = 0; part < entry->parts; part++) {
-        entry->dtype[part] = recipe_dtype(layout, role);
-        entry->rows[part] = part == DOWN ? cols : rows;
-        entry->cols[part] = part == DOWN ? rows : cols;
-    }
-    entry->stride = blob_bytes(entry);
-    entry->bytes = count * entry->stride;
-    entry->offset = layout->bytes;
-    layout->bytes = align_up(layout->bytes + entry->bytes, FORMAT_PAGE);
-}
-
-static void add_layer(struct Layout *layout, const struct ModelConfig *c, size_t i) {
-#define L "model.layers.%zu."
-#define MATRIX(role, rows, cols, name) add_tensor(layout, role, false, 1, rows, cols, L name, i)
-#define VECTOR(cols, name) add_tensor(layout, ROLE_VECTOR, false, 1, 1, cols, L name, i)
-    size_t hidden = c->hidden_size, heads = c->num_attention_heads, lora = c->kv_lora_rank, nope = c->qk_nope_head_dim;
-    size_t q_rows = heads * query_dim(c), kv_rows = (size_t)c->num_key_value_heads * c->head_dim;
-    VECTOR(hidden, "input_layernorm.weight");
-    VECTOR(hidden, "post_attention_layernorm.weight");
-    if (c->q_lora_rank) {
-        MATRIX(ROLE_LAYER, c->q_lora_rank, hidden, "self_attn.q_a_proj.weight");
-        VECTOR(c->q_lora_rank, "self_attn.q_a_layernorm.weight");
-        MATRIX(ROLE_LAYER, q_rows, c->q_lora_rank, "self_attn.q_b_proj.weight");
-    } else {
-        MATRIX(ROLE_LAYER, q_rows, hidden, "self_attn.q_proj.weight");
-    }
-    if (is_mla(c)) {
-        MATRIX(ROLE_LAYER, lora + c->qk_rope_head_dim, hidden, "self_attn.kv_a_proj_with_mqa.weight");
-        VECTOR(lora, "self_attn.kv_a_layernorm.weight");
-        add_tensor(layout, ROLE_KV_FACTOR, false, heads, nope, lora, L "self_attn.kv_b_proj.key", i);
-        add_tensor(layout, ROLE_KV_FACTOR, false, heads, lora, nope, L "self_attn.kv_b_proj.key_transposed", i);
-        add_tensor(layout, ROLE_KV_FACTOR, false, heads, c->v_head_dim, lora, L "self_attn.kv_b_proj.value", i);
-    } else {
-        MATRIX(ROLE_LAYER, kv_rows, hidden, "self_attn.k_proj.weight");
-        MATRIX(ROLE_LAYER, kv_rows, hidden, "self_attn.v_proj.weight");
-    }
-    if (c->attention_bias) {
-        VECTOR(q_rows, "self_attn.q_proj.bias");
-        VECTOR(kv_rows, "self_attn.k_proj.bias");
-        VECTOR(kv_rows, "self_attn.v_proj.bias");
-    }
-    if (c->qk_norm) {
-        VECTOR(c->head_dim, "self_attn.q_norm.weight");
-        VECTOR(c->head_dim, "self_attn.k_norm.weight");
-    }
-    MATRIX(ROLE_LAYER, hidden, heads * value_dim(c), "self_attn.o_proj.weight");
-    if (!is_routed(c, i)) {
-        add_tensor(layout, ROLE_LAYER, true, 1, c->intermediate_size, hidden, L "mlp", i);
-        return;
-    }
-    MATRIX(ROLE_ROUTER, c->n_routed_experts, hidden, "mlp.gate.weight");
-    VECTOR(c->n_routed_experts, "mlp.gate.e_score_correction_bias");
-    add_tensor(layout, ROLE_EXPERT, true, c->n_routed_experts, c->moe_intermediate_size, hidden, L "mlp.experts", i);
-    if (c->n_shared_experts)
-        add_tensor(layout, ROLE_LAYER, true, 1, (size_t)c->n_shared_experts * c->moe_intermediate_size, hidden, L "mlp.shared_experts", i);
-#undef L
-#undef MATRIX
-#undef VECTOR
-}
 
 // Lays out a model of a known shape in memory that is not yet filled, nor taken from the system. NULL with a sentence in
 // error. layers: 0 for all.
 static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bool uniform, size_t layers, char *error) {
     struct Model *model = allocate(sizeof *model);
-    struct ModelConfig *c = &model->config;
-    *c = shape->config;
-    c->recipe = type;
-    if (layers) c->num_hidden_layers = (uint32_t)layers;
-    snprintf(model->name, sizeof model->name, "%s", shape->name);
-    struct Layout layout = {.shape = shape, .type = type, .uniform = uniform};
-    add_tensor(&layout, ROLE_TABLE, false, 1, c->vocab_size, c->hidden_size, "model.embed_tokens.weight", 0);
-    for (size_t i = 0; i < c->num_hidden_layers; i++) add_layer(&layout, c, i);
-    add_tensor(&layout, ROLE_VECTOR, false, 1, 1, c->hidden_size, "model.norm.weight", 0);
-    add_tensor(&layout, ROLE_TABLE, false, 1, c->vocab_size, c->hidden_size, "lm_head.weight", 0);
-    model->entries = layout.entries;
-    model->entry_count = layout.count;
+    model->config = shape_config(shape, type, (uint32_t)layers);
     model->has_weights = true;
-    model->size = layout.bytes;
-    model->bytes = map_memory(layout.bytes);
+    snprintf(model->name, sizeof model->name, "%s", shape->name);
+    struct ModelTensor *tensors = allocate(most_tensors(&model->config) * sizeof *tensors);
+    model->entry_count = list_model(&model->config, tensors);
+    struct TensorEntry *entries = allocate(model->entry_count * sizeof *entries);
+    for (size_t i = 0; i < model->entry_count; i++) {
+        struct TensorEntry *entry = &entries[i];
+        *entry = tensors[i].entry;
+        for (unsigned part = 0; part < entry->parts; part++)
+            entry->dtype[part] = choose_dtype(&model->config, uniform, tensors[i].role, shape->source);
+        entry->stride = blob_bytes(entry);
+        entry->bytes = entry->experts * entry->stride;
+        entry->offset = model->size;
+        model->size = align_up(model->size + entry->bytes, FORMAT_PAGE);
+    }
+    free(tensors);
+    model->entries = entries;
+    model->bytes = map_memory(model->size);
     model->mapped = model->bytes != NULL;
-    bool fine = model->mapped || fail(error, "%s: the system does not give %.1f GB of memory", shape->name, (double)layout.bytes / 1e9);
-    for (size_t i = 0; fine && i < layout.count; i++) fine = check_entry(&model->entries[i], 0, model->size, error);
-    if (fine && check_config(c, error) && bind_model(model, error)) return model;
-    free(layout.entries);
+    if (!model->mapped) fail(error, "%s: the system does not give %.1f GB of memory", shape->name, (double)model->size / 1e9);
+    else if (bind_model(model, error)) return model;
+    free(entries);
     model_close(model);
     return NULL;
 }
-
-// ---- filling the memory
-
-#define SYNTHETIC_DEVIATION 0.02f // standard deviation of the weights: about what trained ones have
-
-// Which bits of a random word are kept and which are set to make weights of it: floats of +-2^-6 to 2^-5; E4M3 numbers of
-// +-2 to 448, as almost all real ones are (a block's largest is 448), and never not-a-number; int8 without -128.
-static const struct { uint64_t kept, set; } random_weights[DTYPE_COUNT] = {
-    [DTYPE_F32] = {0x807fffff807fffff, 0x3c8000003c800000}, [DTYPE_BF16] = {0x807f807f807f807f, 0x3c803c803c803c80},
-    [DTYPE_F8] = {0xfefefefefefefefe, 0x4040404040404040}, [DTYPE_Q8] = {UINT64_MAX, 0x0101010101010101}, [DTYPE_Q4] = {UINT64_MAX, 0}};
 
 struct Filling {
     const struct Team *team;
     const struct Model *model;
 };
 
-// Xorshift (Marsaglia 2003): fast, and good enough for weights. The state is never 0.
-INLINE uint64_t random_word(uint64_t *state) {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    return *state ^= *state << 17;
-}
-
-static void fill_floats(void *out, size_t bytes, float value) {
-    for (size_t i = 0; i < bytes / sizeof value; i++) memcpy((uint8_t *)out + i * sizeof value, &value, sizeof value);
-}
-
-// Fills one panel. The scales undo the deviation of evenly distributed codes: 142 for f8, 73 for q8, 67 for q4's table.
-static void fill_panel(uint8_t *panel, uint32_t dtype, size_t cols, uint64_t *random) {
-    fill_floats(panel, panel_head_bytes(dtype), SYNTHETIC_DEVIATION / (67.0f * 96.0f));
-    uint8_t *block = panel + panel_head_bytes(dtype);
-    for (size_t first = 0; first < cols; first += K_BLOCK) {
-        size_t length = min_size(K_BLOCK, cols - first), head = block_head_bytes(dtype, length), end = head + value_bytes(dtype, length);
-        if (dtype == DTYPE_Q4) memset(block, 96, head);
-        else fill_floats(block, head, SYNTHETIC_DEVIATION / (dtype == DTYPE_F8 ? 142.0f : 73.0f));
-        for (size_t i = head; i < end; i += 8) {
-            uint64_t word = (random_word(random) & random_weights[dtype].kept) | random_weights[dtype].set;
-            memcpy(block + i, &word, sizeof word);
-        }
-        block += end;
-    }
-}
-
 static void fill_weights(void *argument, int thread) {
     const struct Filling *filling = argument;
-    uint64_t random = (uint64_t)thread + 1;
     for (size_t i = 0; i < filling->model->entry_count; i++) {
         const struct TensorEntry *entry = &filling->model->entries[i];
         uint8_t *data = (uint8_t *)(uintptr_t)filling->model->bytes + entry->offset;
-        if (entry->is_vector) {       // norms scale by one, biases are small
-            if (thread == 0) fill_floats(data, entry->bytes, strstr(entry->name, "bias") ? SYNTHETIC_DEVIATION : 1.0f);
+        if (entry->is_vector) {
+            if (thread == 0) fill_vector(entry, data);
             continue;
         }
         for (uint64_t blob = 0; blob < entry->experts; blob++)
             for (unsigned part = 0; part < entry->parts; part++) {
-                uint8_t *matrix = data + blob * entry->stride + part_offset(entry, part);
-                uint64_t bytes = panel_bytes(entry->dtype[part], entry->cols[part]);
                 // The share that this thread reads when it decodes: the page comes from memory near its processor.
                 size_t panel, end;
                 static_share(filling->team, thread, ceil_div(entry->rows[part], PANEL_ROWS), &panel, &end);
-                for (; panel < end; panel++) fill_panel(matrix + panel * bytes, entry->dtype[part], entry->cols[part], &random);
+                for (; panel < end; panel++) {
+                    uint64_t offset = panel_offset(entry, blob, part, panel);
+                    fill_panel(entry, part, offset, data + offset);
+                }
             }
     }
 }
@@ -3441,6 +3266,7 @@ static size_t choose_window(const struct Command *command, const struct Model *m
 }
 
 static void read_text_windows(const struct Command *command, const struct Model *model, struct Windows *windows) {
+    need_tokenizer(model);
     const char *path = command->arguments[1];
     size_t bytes, context = choose_window(command, model, PERPLEXITY_CONTEXT);
     char *text = read_file(path, &bytes), error[ERROR_BYTES];
@@ -4097,6 +3923,7 @@ static int run_generation(const struct Command *command, const struct Model *mod
 
 static int command_run(struct Command *command) {
     struct Model *model = open_model(command->arguments[0], true);
+    need_tokenizer(model);
     const char *prompt = command->arguments[1];
     char *input = NULL;
     size_t bytes = prompt ? strlen(prompt) : 0;
@@ -4211,6 +4038,7 @@ static int command_tokenize(struct Command *command) {
     if (command->chat && command->markup) wrong_usage(command, "--chat does not go with --markup");
     if (!isatty(STDOUT_FILENO)) command->ids_only = true;
     struct Model *model = open_model(command->arguments[0], false);
+    need_tokenizer(model);
     if (command->arguments[1]) {
         char *text = strdup(command->arguments[1]);
         if (!text) die("out of memory");

@@ -5,6 +5,8 @@
 // tensors stream through, a few panels at a time: threads read their rows by pread, convert and pack them, while one of
 // them writes what the last round made. Preamble and tables come last, and the file gets its name only when it is whole and
 // synced.
+//
+// --synthetic takes the config of a known shape instead, and random numbers for weights; the rest is the same.
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -34,6 +36,7 @@
 #include "format.h"
 #include "quantize.h"
 #include "safetensors.h"
+#include "shapes.h"
 
 #define F8_BLOCK 128                     // rows and columns under one scale of an FP8 checkpoint
 #define F8_MAX 448.0f
@@ -44,11 +47,13 @@
 #define SYNC_BYTES ((uint64_t)1 << 30)        // written between two syncs, so that the last one is short
 
 typedef struct {
-    const char *directory, *output;
+    const char *directory;               // the checkpoint; with a shape the folder of the tokenizer, or NULL
+    const char *output;
+    const struct Shape *shape;           // of --synthetic, else NULL
     uint32_t recipe;                     // enum Dtype or RECIPE_SOURCE
     uint32_t layers;                     // 0: all
     int threads;
-    bool tokenizer_only, dry_run, force, quiet;
+    bool uniform, tokenizer_only, dry_run, force, quiet;
 } Options;
 
 // --------------------------------------------------------------------------------------------------------- config.json
@@ -412,65 +417,80 @@ static bool read_json(const Options *options, const char *name, bool optional, j
     return *object != NULL;
 }
 
-static bool build_tokenizer(const Options *options, const Stops *stops, uint32_t vocab_size, Head *head, Failure *failure) {
-    char *json = NULL, *config = NULL, *template = NULL;
-    TokenizerSource source = {.stops = stops->ids, .stop_count = stops->count, .vocab_size = vocab_size};
+// Makes the tokenizer of the files' texts in `source`, for a model of head->config.
+static bool build_tokenizer(const char *place, TokenizerSource *source, Head *head, Failure *failure) {
     char why[1000] = "";
+    source->vocab_size = head->config.vocab_size;
+    return tokenizer_build(source, &head->tokenizer, &head->tokenizer_bytes, why, sizeof why) ||
+           fail(failure, "%.150s: %.1000s", place, why);
+}
+
+static bool read_tokenizer(const Options *options, const Stops *stops, Head *head, Failure *failure) {
+    char *json = NULL, *config = NULL, *template = NULL;
+    TokenizerSource source = {.stops = stops->ids, .stop_count = stops->count};
     bool ok =
         read_whole_file(options->directory, "tokenizer.json", false, &json, &source.tokenizer_json_bytes, failure) &&
         read_whole_file(options->directory, "tokenizer_config.json", false, &config, &source.tokenizer_config_json_bytes,
                         failure) &&
         read_whole_file(options->directory, "chat_template.jinja", true, &template, &source.chat_template_bytes, failure);
-    if (ok) {
-        source.tokenizer_json = json;
-        source.tokenizer_config_json = config;
-        source.chat_template = template;
-        ok = tokenizer_build(&source, &head->tokenizer, &head->tokenizer_bytes, why, sizeof why);
-        if (!ok) fail(failure, "%.150s: %.1000s", options->directory, why);
-    }
+    source.tokenizer_json = json;
+    source.tokenizer_config_json = config;
+    source.chat_template = template;
+    ok = ok && build_tokenizer(options->directory, &source, head, failure);
     free(json);
     free(config);
     free(template);
     return ok;
 }
 
-static bool read_head(const Options *options, Head *head, Failure *failure) {
+// A file without a tokenizer has one that knows no token.
+static bool make_empty_tokenizer(const Options *options, Head *head, Failure *failure) {
+    static const char json[] = "{\"model\": {\"type\": \"BPE\", \"vocab\": {}, \"merges\": []}, "
+                               "\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false}, "
+                               "\"decoder\": {\"type\": \"ByteLevel\"}}";
+    TokenizerSource source = {.tokenizer_json = json, .tokenizer_json_bytes = sizeof json - 1,
+                              .tokenizer_config_json = "{}", .tokenizer_config_json_bytes = 2};
+    return build_tokenizer(options->shape->name, &source, head, failure);
+}
+
+// Cuts the model as --layers wants it.
+static bool cut_config(const Options *options, const char *path, struct ModelConfig *config, Failure *failure) {
+    if (!options->layers) return true;
+    if (options->layers > config->num_hidden_layers) {
+        return fail(failure, "%s: num_hidden_layers: --layers %u asks for more than its %u layers", path, options->layers,
+                    config->num_hidden_layers);
+    }
+    if (!options->quiet) {
+        fprintf(stderr, "r1-convert: keeping the first %u of %u layers%s\n", options->layers, config->num_hidden_layers,
+                config->num_nextn_predict_layers ? ", without the MTP layer" : "");
+    }
+    keep_layers(config, options->layers);
+    return true;
+}
+
+static bool make_head(const Options *options, Head *head, Failure *failure) {
+    if (options->shape) head->config = shape_config(options->shape, options->recipe, options->layers);
+    if (!options->directory) return make_empty_tokenizer(options, head, failure);
     json_t *config = NULL, *generation = NULL;
     Stops stops = {0};
+    bool needs_model = !options->shape && !options->tokenizer_only;
     char path[PATH_MAX], generation_path[PATH_MAX];
     snprintf(path, sizeof path, "%s/config.json", options->directory);
     snprintf(generation_path, sizeof generation_path, "%s/generation_config.json", options->directory);
-    bool ok = read_json(options, "config.json", options->tokenizer_only, &config, failure) &&
+    bool ok = read_json(options, "config.json", !needs_model, &config, failure) &&
               read_json(options, "generation_config.json", true, &generation, failure);
     Keys keys = {config, path, "", failure}, generation_keys = {generation, generation_path, "", failure};
     ok = ok && (!generation || add_stops(&generation_keys, &stops)) && (!config || add_stops(&keys, &stops));
-    uint32_t vocab_size = 0;
-    if (ok && config) {
-        ok = read_config(&keys, &head->config);
-        vocab_size = head->config.vocab_size;
-        if (!ok && options->tokenizer_only) {
-            // A tokenizer is of use without a model that we know.
-            head->config = (struct ModelConfig){0};
-            vocab_size = 0;
-            ok = true;
-        }
+    if (ok && config && !options->shape && !read_config(&keys, &head->config)) {
+        // A tokenizer is of use without a model that we know.
+        head->config = (struct ModelConfig){0};
+        ok = options->tokenizer_only;
     }
-    if (ok && options->layers > head->config.num_hidden_layers) {
-        ok = fail(failure, "%s: num_hidden_layers: --layers %u asks for more than its %u layers", path, options->layers,
-                  head->config.num_hidden_layers);
+    if (needs_model) {
+        head->config.recipe = options->recipe;
+        ok = ok && cut_config(options, path, &head->config, failure);
     }
-    if (ok && options->layers) {
-        struct ModelConfig *c = &head->config;
-        if (!options->quiet) {
-            fprintf(stderr, "r1-convert: keeping the first %u of %u layers%s\n", options->layers, c->num_hidden_layers,
-                    c->num_nextn_predict_layers ? ", without the MTP layer" : "");
-        }
-        c->num_hidden_layers = options->layers;
-        c->num_nextn_predict_layers = 0;
-        if (c->first_k_dense_replace > c->num_hidden_layers) c->first_k_dense_replace = c->num_hidden_layers;
-    }
-    if (!options->tokenizer_only) head->config.recipe = options->recipe;
-    ok = ok && build_tokenizer(options, &stops, vocab_size, head, failure);
+    ok = ok && read_tokenizer(options, &stops, head, failure);
     free(stops.ids);
     json_decref(config);
     json_decref(generation);
@@ -479,12 +499,9 @@ static bool read_head(const Options *options, Head *head, Failure *failure) {
 
 // ---------------------------------------------------------------------------------------------------------------- plan
 
-enum Role {
-    ROLE_EMBEDDING, ROLE_ATTENTION, ROLE_DENSE, ROLE_EXPERTS, ROLE_SHARED, ROLE_ROUTER, ROLE_NORM, ROLE_HEAD, ROLE_MTP,
-    ROLE_COUNT
-};
-static const char *const role_names[ROLE_COUNT] = {"embedding", "attention", "dense feed-forward", "routed experts",
-                                                   "shared experts", "routers", "norms and biases", "head", "MTP layer"};
+static const char *const role_names[ROLE_COUNT] = {
+    "embedding", "attention", "attention, kv_b", "dense feed-forward", "routed experts", "shared experts", "routers",
+    "norms and biases", "head", "MTP layer"};
 
 // How the rows of the source become the rows of a blob.
 enum Layout { LAYOUT_PLAIN, LAYOUT_KEY, LAYOUT_KEY_TRANSPOSED, LAYOUT_VALUE };
@@ -496,9 +513,9 @@ typedef struct {
 // One tensor of the output.
 typedef struct {
     struct TensorEntry entry;
-    enum Role role;
+    enum Role role;                      // ROLE_MTP for all of an MTP layer
     enum Layout layout;
-    Source *sources;                     // of expert e and part p: sources[e * parts + p]; the kv_b factors have one
+    Source *sources;                     // of expert e and part p: sources[e * parts + p]; a kv_b factor has one
     size_t source_count;
     uint8_t widest[ENTRY_MAX_PARTS];     // bytes of an element in the widest source of the part
     bool rescaled[ENTRY_MAX_PARTS];      // f8 from a source that is not: a scale needs the whole 128-row block
@@ -507,22 +524,20 @@ typedef struct {
 } Planned;
 
 typedef struct {
-    const Checkpoint *checkpoint;
+    const Checkpoint *checkpoint;        // NULL with a shape, or without weights
+    const struct Shape *shape;           // whose weights are random numbers
     bool *used;                          // of each tensor of the checkpoint: whether the plan reads it or knows it as a copy
     struct ModelConfig *config;
-    uint32_t recipe;
+    bool uniform;                        // every matrix at the recipe's type
     bool cut;                            // --layers: tensors of later layers are left out
-    bool routed;                         // a mixture-of-experts model
     Planned *tensors;
     size_t count, capacity;
     uint64_t table_offset, file_bytes;
     Failure *failure;
 } Plan;
 
-static bool is_mtp_layer(const Plan *plan, uint32_t layer) { return layer >= plan->config->num_hidden_layers; }
-
-static Planned *add_planned(Plan *plan, enum Role role, const char *name, uint16_t parts, uint64_t experts,
-                            size_t source_count) {
+// Adds a tensor whose sources and types are not known yet.
+static Planned *add_planned(Plan *plan, const struct ModelTensor *tensor, bool mtp) {
     if (plan->count == plan->capacity) {
         size_t capacity = plan->capacity ? plan->capacity * 2 : 256;
         Planned *grown = realloc(plan->tensors, capacity * sizeof *grown);
@@ -533,21 +548,26 @@ static Planned *add_planned(Plan *plan, enum Role role, const char *name, uint16
         plan->tensors = grown;
         plan->capacity = capacity;
     }
+    const struct TensorEntry *entry = &tensor->entry;
     Planned *planned = &plan->tensors[plan->count];
-    *planned = (Planned){
-        .role = role, .entry = {.parts = parts, .experts = experts}, .sources = calloc(source_count, sizeof(Source))};
-    if (!planned->sources) {
+    *planned = (Planned){.entry = *entry, .role = mtp ? ROLE_MTP : tensor->role};
+    if (tensor->role == ROLE_FACTOR) {
+        const char *kind = strrchr(entry->name, '.') + 1;
+        planned->layout = strcmp(kind, "key") == 0 ? LAYOUT_KEY : strcmp(kind, "value") == 0 ? LAYOUT_VALUE
+                                                                                             : LAYOUT_KEY_TRANSPOSED;
+    }
+    planned->source_count = tensor->role == ROLE_FACTOR ? 1 : entry->experts * entry->parts;
+    if (!(planned->sources = calloc(planned->source_count, sizeof(Source)))) {
         fail(plan->failure, "out of memory");
         return NULL;
     }
     plan->count++;
-    if (strlen(name) >= sizeof planned->entry.name) {
-        fail(plan->failure, "tensor %s: its name is too long", name);
-        return NULL;
+    // The three factors are one tensor of the checkpoint, and the transposed one holds weights of which the key has told.
+    if (tensor->role != ROLE_FACTOR || planned->layout == LAYOUT_KEY) planned->tensors = (uint32_t)planned->source_count;
+    if (planned->layout == LAYOUT_KEY_TRANSPOSED) return planned;
+    for (unsigned part = 0; part < entry->parts; part++) {
+        planned->weights += entry->experts * entry->rows[part] * entry->cols[part];
     }
-    memcpy(planned->entry.name, name, strlen(name));
-    planned->source_count = source_count;
-    planned->tensors = (uint32_t)source_count;
     return planned;
 }
 
@@ -605,192 +625,64 @@ static uint32_t source_type(uint8_t dtype) {
     return dtype == SOURCE_F8 ? DTYPE_F8 : dtype == SOURCE_BF16 ? DTYPE_BF16 : DTYPE_F32;
 }
 
-// The recipe by role. bulk: the matrices that --type is about; the others stay at 8 bits when it says q4.
-static uint32_t choose_dtype(const Plan *plan, bool bulk, uint8_t source) {
-    if (plan->recipe == RECIPE_SOURCE) return source_type(source);
-    return plan->recipe == DTYPE_Q4 && !bulk ? DTYPE_Q8 : plan->recipe;
+// MLA's kv_b_proj [heads * (nope + v), lora] is cut into one key and one value factor a head.
+static bool find_factor_source(const Plan *plan, Planned *planned) {
+    const struct ModelConfig *c = plan->config;
+    const char *name = planned->entry.name;
+    char source_name[96];
+    snprintf(source_name, sizeof source_name, "%.*s.weight", (int)(strrchr(name, '.') - name), name);
+    uint64_t rows = (uint64_t)c->num_attention_heads * (c->qk_nope_head_dim + c->v_head_dim);
+    if (!find_source(plan, source_name, 2, rows, c->kv_lora_rank, planned->sources)) return false;
+    return c->qk_nope_head_dim % K_GROUP == 0 ||
+           fail(plan->failure, "%s: tensor %s: its qk_nope_head_dim of %u becomes columns, which must be a multiple of %d",
+                shard_path(plan, planned->sources[0].weight), source_name, c->qk_nope_head_dim, K_GROUP);
 }
 
-// Fills in a part whose sources are known.
-static void set_part(Planned *planned, unsigned part, uint32_t dtype, uint64_t rows, uint64_t cols) {
-    for (uint64_t i = part; i < planned->source_count; i += planned->entry.parts) {
-        const SourceTensor *weight = planned->sources[i].weight;
-        if (weight->element_bytes > planned->widest[part]) planned->widest[part] = weight->element_bytes;
-        if (dtype == DTYPE_F8 && weight->dtype != SOURCE_F8) planned->rescaled[part] = true;
-    }
-    planned->entry.dtype[part] = dtype;
-    planned->entry.rows[part] = rows;
-    planned->entry.cols[part] = cols;
-}
-
-static enum Role role_in_layer(const Plan *plan, uint32_t layer, enum Role role) {
-    return is_mtp_layer(plan, layer) ? ROLE_MTP : role;
-}
-
-static bool plan_vector(Plan *plan, enum Role role, const char *name, uint64_t length) {
-    Planned *planned = add_planned(plan, role, name, 1, 1, 1);
-    if (!planned || !find_source(plan, name, 1, 1, length, planned->sources)) return false;
-    planned->entry.is_vector = 1;
-    set_part(planned, 0, DTYPE_F32, 1, length);
-    planned->weights = length;
-    return true;
-}
-
-static bool plan_matrix(Plan *plan, enum Role role, const char *name, uint64_t rows, uint64_t cols, bool bulk) {
-    Planned *planned = add_planned(plan, role, name, 1, 1, 1);
-    if (!planned || !find_source(plan, name, 2, rows, cols, planned->sources)) return false;
-    uint8_t source = planned->sources[0].weight->dtype;
-    set_part(planned, 0, role == ROLE_ROUTER ? DTYPE_F32 : choose_dtype(plan, bulk, source), rows, cols);
-    planned->weights = rows * cols;
-    return true;
-}
-
-// Gate, up and down of a feed-forward network, or of all experts of a layer (indexed: the source names carry a number).
-static bool plan_network(Plan *plan, enum Role role, const char *name, bool indexed, uint64_t experts, uint64_t width,
-                         bool bulk) {
+static bool find_sources(const Plan *plan, enum Role role, Planned *planned) {
     static const char *const part_names[3] = {"gate_proj", "up_proj", "down_proj"};
-    uint64_t hidden = plan->config->hidden_size;
-    Planned *planned = add_planned(plan, role, name, 3, experts, experts * 3);
-    if (!planned) return false;
-    for (unsigned part = 0; part < 3; part++) {
-        uint64_t rows = part == 2 ? hidden : width, cols = part == 2 ? width : hidden;
-        uint8_t common = 0;
-        for (uint64_t expert = 0; expert < experts; expert++) {
-            char source_name[128], number[24] = "";
-            if (indexed) snprintf(number, sizeof number, ".%" PRIu64, expert);
-            snprintf(source_name, sizeof source_name, "%s%s.%s.weight", name, number, part_names[part]);
-            Source *source = &planned->sources[expert * 3 + part];
-            if (!find_source(plan, source_name, 2, rows, cols, source)) return false;
-            uint8_t dtype = source->weight->dtype;
-            if (expert == 0) common = dtype;
-            // A part has one dtype in all experts; where the sources differ only f32 keeps them all.
-            else if (source_type(dtype) != source_type(common)) common = SOURCE_F32;
-        }
-        set_part(planned, part, choose_dtype(plan, bulk, common), rows, cols);
-    }
-    planned->weights = experts * 3 * width * hidden;
-    return true;
-}
-
-// MLA's kv_b_proj [heads * (nope + v), lora], cut into one key and one value factor a head.
-static bool plan_factors(Plan *plan, enum Role role, const char *prefix) {
-    const struct ModelConfig *c = plan->config;
-    uint64_t heads = c->num_attention_heads, nope = c->qk_nope_head_dim, v = c->v_head_dim, lora = c->kv_lora_rank;
-    static const char *const names[] = {"key", "key_transposed", "value"};
-    for (int i = 0; i < 3; i++) {
-        char name[96], source_name[96];
-        snprintf(name, sizeof name, "%s.self_attn.kv_b_proj.%s", prefix, names[i]);
-        snprintf(source_name, sizeof source_name, "%s.self_attn.kv_b_proj.weight", prefix);
-        Planned *planned = add_planned(plan, role, name, 1, heads, 1);
-        if (!planned || !find_source(plan, source_name, 2, heads * (nope + v), lora, planned->sources)) return false;
-        const SourceTensor *weight = planned->sources[0].weight;
-        if (nope % K_GROUP) {
-            return fail(plan->failure,
-                        "%s: tensor %s: its qk_nope_head_dim of %" PRIu64 " becomes columns, which must be a multiple "
-                        "of %d",
-                        shard_path(plan, weight), source_name, nope, K_GROUP);
-        }
-        // These are small and sensitive: never below their source, unless the type is a float one that was asked for.
-        uint32_t dtype = plan->recipe == DTYPE_F32 || plan->recipe == DTYPE_BF16 || plan->recipe == DTYPE_F8 ? plan->recipe
-                       : plan->recipe == RECIPE_SOURCE ? source_type(weight->dtype)
-                       : weight->dtype == SOURCE_F8    ? DTYPE_F8
-                                                       : DTYPE_BF16;
-        // A panel of f8 has one scale for its 32 rows; the 128-row blocks of the source stay whole panels only like this.
-        if (dtype == DTYPE_F8 && v % PANEL_ROWS) dtype = DTYPE_F32;
-        planned->layout = i == 0 ? LAYOUT_KEY : i == 1 ? LAYOUT_KEY_TRANSPOSED : LAYOUT_VALUE;
-        set_part(planned, 0, dtype, i == 0 ? nope : i == 1 ? lora : v, i == 1 ? nope : lora);
-        planned->tensors = i == 0;
-        planned->weights = i == 1 ? 0 : heads * planned->entry.rows[0] * planned->entry.cols[0];
-    }
-    return true;
-}
-
-static bool plan_layer_matrix(Plan *plan, uint32_t layer, enum Role role, const char *name, uint64_t rows, uint64_t cols,
-                              bool bulk) {
-    char full[96];
-    snprintf(full, sizeof full, "model.layers.%u.%s.weight", layer, name);
-    return plan_matrix(plan, role, full, rows, cols, bulk);
-}
-
-static bool plan_layer_vector(Plan *plan, uint32_t layer, const char *name, uint64_t length) {
-    char full[96];
-    snprintf(full, sizeof full, "model.layers.%u.%s", layer, name);
-    return plan_vector(plan, role_in_layer(plan, layer, ROLE_NORM), full, length);
-}
-
-static bool plan_attention(Plan *plan, uint32_t layer) {
-    const struct ModelConfig *c = plan->config;
-    enum Role role = role_in_layer(plan, layer, ROLE_ATTENTION);
-    uint64_t hidden = c->hidden_size, heads = c->num_attention_heads;
-    bool bulk = !plan->routed;
-    if (c->architecture == ARCH_DEEPSEEK_V3) {
-        uint64_t query = heads * (c->qk_nope_head_dim + c->qk_rope_head_dim);
-        char prefix[40];
-        snprintf(prefix, sizeof prefix, "model.layers.%u", layer);
-        bool ok = c->q_lora_rank == 0
-                      ? plan_layer_matrix(plan, layer, role, "self_attn.q_proj", query, hidden, bulk)
-                      : plan_layer_matrix(plan, layer, role, "self_attn.q_a_proj", c->q_lora_rank, hidden, bulk) &&
-                            plan_layer_vector(plan, layer, "self_attn.q_a_layernorm.weight", c->q_lora_rank) &&
-                            plan_layer_matrix(plan, layer, role, "self_attn.q_b_proj", query, c->q_lora_rank, bulk);
-        return ok &&
-               plan_layer_matrix(plan, layer, role, "self_attn.kv_a_proj_with_mqa", c->kv_lora_rank + c->qk_rope_head_dim,
-                                 hidden, bulk) &&
-               plan_layer_vector(plan, layer, "self_attn.kv_a_layernorm.weight", c->kv_lora_rank) &&
-               plan_factors(plan, role, prefix) &&
-               plan_layer_matrix(plan, layer, role, "self_attn.o_proj", hidden, heads * c->v_head_dim, bulk);
-    }
-    uint64_t query = heads * c->head_dim, key = (uint64_t)c->num_key_value_heads * c->head_dim;
-    bool ok = plan_layer_matrix(plan, layer, role, "self_attn.q_proj", query, hidden, bulk) &&
-              plan_layer_matrix(plan, layer, role, "self_attn.k_proj", key, hidden, bulk) &&
-              plan_layer_matrix(plan, layer, role, "self_attn.v_proj", key, hidden, bulk) &&
-              plan_layer_matrix(plan, layer, role, "self_attn.o_proj", hidden, query, bulk);
-    if (ok && c->attention_bias) {
-        ok = plan_layer_vector(plan, layer, "self_attn.q_proj.bias", query) &&
-             plan_layer_vector(plan, layer, "self_attn.k_proj.bias", key) &&
-             plan_layer_vector(plan, layer, "self_attn.v_proj.bias", key);
-    }
-    if (ok && c->qk_norm) {
-        ok = plan_layer_vector(plan, layer, "self_attn.q_norm.weight", c->head_dim) &&
-             plan_layer_vector(plan, layer, "self_attn.k_norm.weight", c->head_dim);
-    }
-    return ok;
-}
-
-static bool plan_feed_forward(Plan *plan, uint32_t layer) {
-    const struct ModelConfig *c = plan->config;
-    char name[96];
-    snprintf(name, sizeof name, "model.layers.%u.mlp", layer);
-    if (!plan->routed || layer < c->first_k_dense_replace) {
-        return plan_network(plan, role_in_layer(plan, layer, ROLE_DENSE), name, false, 1, c->intermediate_size,
-                            !plan->routed);
-    }
-    if (!plan_layer_matrix(plan, layer, ROLE_ROUTER, "mlp.gate", c->n_routed_experts, c->hidden_size, false) ||
-        !plan_layer_vector(plan, layer, "mlp.gate.e_score_correction_bias", c->n_routed_experts)) {
-        return false;
-    }
-    if (!c->n_shared_experts) {
-        snprintf(name, sizeof name, "model.layers.%u.mlp.shared_experts.gate_proj.weight", layer);
-        if (find_tensor(plan->checkpoint, name)) {
-            return fail(plan->failure, "%s/config.json: n_shared_experts counts none, but there is tensor %s",
-                        plan->checkpoint->directory, name);
-        }
-    } else {
-        snprintf(name, sizeof name, "model.layers.%u.mlp.shared_experts", layer);
-        if (!plan_network(plan, role_in_layer(plan, layer, ROLE_SHARED), name, false, 1,
-                          (uint64_t)c->moe_intermediate_size * c->n_shared_experts, false)) {
+    const struct TensorEntry *entry = &planned->entry;
+    if (role == ROLE_FACTOR) return find_factor_source(plan, planned);
+    for (uint64_t i = 0; i < planned->source_count; i++) {
+        unsigned part = (unsigned)(i % entry->parts);
+        char name[128], number[24] = "";
+        if (role == ROLE_EXPERTS) snprintf(number, sizeof number, ".%" PRIu64, i / entry->parts);
+        if (entry->parts == 1) snprintf(name, sizeof name, "%s", entry->name);
+        else snprintf(name, sizeof name, "%s%s.%s.weight", entry->name, number, part_names[part]);
+        if (!find_source(plan, name, entry->is_vector ? 1 : 2, entry->rows[part], entry->cols[part], &planned->sources[i])) {
             return false;
         }
     }
-    snprintf(name, sizeof name, "model.layers.%u.mlp.experts", layer);
-    return plan_network(plan, role_in_layer(plan, layer, ROLE_EXPERTS), name, true, c->n_routed_experts,
-                        c->moe_intermediate_size, true);
+    return true;
 }
 
-static bool plan_layer(Plan *plan, uint32_t layer) {
-    return plan_layer_vector(plan, layer, "input_layernorm.weight", plan->config->hidden_size) &&
-           plan_attention(plan, layer) &&
-           plan_layer_vector(plan, layer, "post_attention_layernorm.weight", plan->config->hidden_size) &&
-           plan_feed_forward(plan, layer);
+// The type that a part has in the checkpoint. It has one in all experts; where they differ only f32 keeps them all.
+static uint32_t common_source_type(const Planned *planned, unsigned part) {
+    uint32_t common = source_type(planned->sources[part].weight->dtype);
+    for (uint64_t i = part; i < planned->source_count; i += planned->entry.parts) {
+        if (source_type(planned->sources[i].weight->dtype) != common) common = DTYPE_F32;
+    }
+    return common;
+}
+
+// What the sources of a part mean for the memory that it takes to convert them.
+static void measure_sources(Planned *planned, unsigned part) {
+    for (uint64_t i = part; i < planned->source_count; i += planned->entry.parts) {
+        const SourceTensor *weight = planned->sources[i].weight;
+        if (weight->element_bytes > planned->widest[part]) planned->widest[part] = weight->element_bytes;
+        if (planned->entry.dtype[part] == DTYPE_F8 && weight->dtype != SOURCE_F8) planned->rescaled[part] = true;
+    }
+}
+
+// mtp: it is one of an MTP layer.
+static bool plan_tensor(Plan *plan, const struct ModelTensor *tensor, bool mtp) {
+    Planned *planned = add_planned(plan, tensor, mtp);
+    if (!planned || (!plan->shape && !find_sources(plan, tensor->role, planned))) return false;
+    for (unsigned part = 0; part < planned->entry.parts; part++) {
+        uint32_t source = plan->shape ? plan->shape->source : common_source_type(planned, part);
+        planned->entry.dtype[part] = choose_dtype(plan->config, plan->uniform, tensor->role, source);
+        if (!plan->shape) measure_sources(planned, part);
+    }
+    return true;
 }
 
 // Whether two tensors of the checkpoint hold the same bytes.
@@ -823,36 +715,51 @@ static bool compare_tables(const Plan *plan, const char *name, const char *other
 
 // A copy that an MTP layer carries of a matrix of the main model: kept only where it differs, in R1 it is 0.9 GB of the
 // same.
-static bool plan_copy(Plan *plan, uint32_t layer, const char *name, const char *original) {
-    char full[96];
-    snprintf(full, sizeof full, "model.layers.%u.%s.weight", layer, name);
-    if (!find_tensor(plan->checkpoint, full)) return true;
+static bool plan_copy(Plan *plan, const char *format, uint32_t layer, const char *original) {
+    const struct ModelConfig *c = plan->config;
+    struct ModelTensor copy = describe_tensor(ROLE_MTP, 1, c->vocab_size, c->hidden_size, format, layer);
+    if (!find_tensor(plan->checkpoint, copy.entry.name)) return true;
     bool same = false;
-    if (!compare_tables(plan, full, original, &same)) return false;
-    return same || plan_matrix(plan, ROLE_MTP, full, plan->config->vocab_size, plan->config->hidden_size, false);
+    if (!compare_tables(plan, copy.entry.name, original, &same)) return false;
+    return same || plan_tensor(plan, &copy, true);
 }
 
 // A head that config.json calls tied may be in the checkpoint all the same. Where it differs from the embedding,
 // transformers 5 uses it, and so do we.
-static bool plan_head(Plan *plan) {
-    struct ModelConfig *c = plan->config;
-    if (c->tie_word_embeddings && find_tensor(plan->checkpoint, "lm_head.weight")) {
-        bool same = false;
-        if (!compare_tables(plan, "lm_head.weight", "model.embed_tokens.weight", &same)) return false;
-        c->tie_word_embeddings = same;
-    }
-    return c->tie_word_embeddings || plan_matrix(plan, ROLE_HEAD, "lm_head.weight", c->vocab_size, c->hidden_size, false);
+static bool check_tied_head(const Plan *plan) {
+    if (!plan->config->tie_word_embeddings || !find_tensor(plan->checkpoint, "lm_head.weight")) return true;
+    bool same = false;
+    if (!compare_tables(plan, "lm_head.weight", "model.embed_tokens.weight", &same)) return false;
+    plan->config->tie_word_embeddings = same;
+    return true;
 }
 
 static bool plan_mtp_layer(Plan *plan, uint32_t layer) {
     uint64_t hidden = plan->config->hidden_size;
-    return plan_layer_vector(plan, layer, "enorm.weight", hidden) &&
-           plan_layer_vector(plan, layer, "hnorm.weight", hidden) &&
-           plan_layer_matrix(plan, layer, ROLE_MTP, "eh_proj", hidden, 2 * hidden, false) && plan_layer(plan, layer) &&
-           plan_layer_vector(plan, layer, "shared_head.norm.weight", hidden) &&
-           plan_copy(plan, layer, "embed_tokens", "model.embed_tokens.weight") &&
-           plan_copy(plan, layer, "shared_head.head",
+    struct ModelTensor list[4 + LAYER_TENSORS];
+    size_t count = 0;
+    list[count++] = describe_tensor(ROLE_VECTOR, 1, 1, hidden, "model.layers.%zu.enorm.weight", layer);
+    list[count++] = describe_tensor(ROLE_VECTOR, 1, 1, hidden, "model.layers.%zu.hnorm.weight", layer);
+    list[count++] = describe_tensor(ROLE_MTP, 1, hidden, 2 * hidden, "model.layers.%zu.eh_proj.weight", layer);
+    count += list_layer(plan->config, layer, list + count);
+    list[count++] = describe_tensor(ROLE_VECTOR, 1, 1, hidden, "model.layers.%zu.shared_head.norm.weight", layer);
+    for (size_t i = 0; i < count; i++) {
+        if (!plan_tensor(plan, &list[i], true)) return false;
+    }
+    return plan_copy(plan, "model.layers.%zu.embed_tokens.weight", layer, "model.embed_tokens.weight") &&
+           plan_copy(plan, "model.layers.%zu.shared_head.head.weight", layer,
                      plan->config->tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
+}
+
+// The tensors of the main model.
+static bool plan_model(Plan *plan) {
+    struct ModelTensor *list = malloc(most_tensors(plan->config) * sizeof *list);
+    if (!list) return fail(plan->failure, "out of memory");
+    size_t count = list_model(plan->config, list);
+    bool ok = true;
+    for (size_t i = 0; ok && i < count; i++) ok = plan_tensor(plan, &list[i], false);
+    free(list);
+    return ok;
 }
 
 // MTP layers may have been left out of a checkpoint whose config.json still counts them.
@@ -894,6 +801,10 @@ static bool check_unused(const Plan *plan) {
     if (!first) return true;
     char more[40] = "";
     if (count > 1) snprintf(more, sizeof more, " (and %zu more)", count - 1);
+    if (plan->config->n_routed_experts && !plan->config->n_shared_experts && strstr(first->name, ".mlp.shared_experts.")) {
+        return fail(plan->failure, "%s/config.json: n_shared_experts counts none, but there is tensor %s",
+                    plan->checkpoint->directory, first->name);
+    }
     if (is_beyond(plan, first->name, &layer)) {
         return fail(plan->failure,
                     "%s: tensor %s%s: layer %u lies beyond those of config.json (num_hidden_layers %u, "
@@ -904,19 +815,14 @@ static bool check_unused(const Plan *plan) {
     return fail(plan->failure, "%s: tensor %s is not part of this architecture%s", shard_path(plan, first), first->name, more);
 }
 
-static bool make_plan(Plan *plan, bool quiet) {
+static bool plan_checkpoint(Plan *plan, bool quiet) {
     struct ModelConfig *c = plan->config;
     const struct ModelConfig told = *c;
-    plan->routed = c->n_routed_experts > 0;
     if (!(plan->used = calloc(plan->checkpoint->tensor_count + 1, sizeof *plan->used))) {
         return fail(plan->failure, "out of memory");
     }
     if (c->num_nextn_predict_layers && !has_mtp_tensors(plan)) c->num_nextn_predict_layers = 0;
-    if (!plan_matrix(plan, ROLE_EMBEDDING, "model.embed_tokens.weight", c->vocab_size, c->hidden_size, false)) return false;
-    for (uint32_t layer = 0; layer < c->num_hidden_layers; layer++) {
-        if (!plan_layer(plan, layer)) return false;
-    }
-    if (!plan_vector(plan, ROLE_NORM, "model.norm.weight", c->hidden_size) || !plan_head(plan)) return false;
+    if (!check_tied_head(plan) || !plan_model(plan)) return false;
     for (uint32_t i = 0; i < c->num_nextn_predict_layers; i++) {
         if (!plan_mtp_layer(plan, c->num_hidden_layers + i)) return false;
     }
@@ -1209,6 +1115,20 @@ static bool convert_unit(const Reader *reader, const struct ModelConfig *config,
     return true;
 }
 
+// The same for a model of random weights.
+static void fill_unit(const Unit *unit, uint8_t *out) {
+    const struct TensorEntry *entry = &unit->planned->entry;
+    if (entry->is_vector) {
+        fill_vector(entry, out);
+        return;
+    }
+    uint64_t first = unit->first_row / PANEL_ROWS, end = (unit->first_row + unit->rows) / PANEL_ROWS;
+    for (uint64_t panel = first; panel < end; panel++) {
+        fill_panel(entry, unit->part, panel_offset(entry, unit->blob, unit->part, panel), out);
+        out += panel_bytes(entry->dtype[unit->part], entry->cols[unit->part]);
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------- writing
 
 // A run of units whose output is one stretch of the file.
@@ -1347,9 +1267,10 @@ static bool next_batch(const Plan *plan, Cursor *cursor, Batch *batch, Failure *
     return true;
 }
 
-// What each thread needs at most for any unit of the plan.
+// What each thread needs at most for any unit of the plan. Random weights are made where they are written from.
 static uint64_t scratch_per_thread(const Plan *plan) {
     uint64_t most = 0;
+    if (plan->shape) return 0;
     for (size_t i = 0; i < plan->count; i++) {
         for (unsigned part = 0; part < plan->tensors[i].entry.parts; part++) {
             uint64_t bytes = lay_out_buffers(&plan->tensors[i], part, NULL, NULL);
@@ -1360,7 +1281,7 @@ static uint64_t scratch_per_thread(const Plan *plan) {
 }
 
 static int usable_threads(const Plan *plan, int wanted) {
-    uint64_t scratch = scratch_per_thread(plan), most = scratch ? SCRATCH_BYTES / scratch : 1;
+    uint64_t scratch = scratch_per_thread(plan), most = scratch ? SCRATCH_BYTES / scratch : INT_MAX;
     return most < 1 ? 1 : most < (uint64_t)wanted ? (int)most : wanted;
 }
 
@@ -1399,9 +1320,9 @@ static bool write_tensors(Writer *writer, Failure *failure) {
                 seen = failed;
                 if (i > seen) continue;
                 const Unit *unit = &current->units[i];
-                if (convert_unit(&reader, plan->config, unit, scratch[omp_get_thread_num()], current->data + unit->output)) {
-                    continue;
-                }
+                uint8_t *out = current->data + unit->output;
+                if (plan->shape) fill_unit(unit, out);
+                if (plan->shape || convert_unit(&reader, plan->config, unit, scratch[omp_get_thread_num()], out)) continue;
 #pragma omp critical
                 if (i < failed) {
 #pragma omp atomic write
@@ -1590,6 +1511,12 @@ static bool check_space(const Options *options, uint64_t needed, Failure *failur
 
 static bool write_file(const Options *options, Plan *plan, const Head *head, Failure *failure) {
     if (!check_output(options, plan->checkpoint, failure) || !check_space(options, plan->file_bytes, failure)) return false;
+    if (options->shape && !options->quiet) {
+        char size[32];
+        fprintf(stderr, "r1-convert: writing %s of random weights in the shape of %s (%u of %u layers)\n",
+                show_bytes((double)plan->file_bytes, size, sizeof size), options->shape->name, plan->config->num_hidden_layers,
+                options->shape->config.num_hidden_layers);
+    }
     Writer writer = {.options = options, .plan = plan, .head = head, .start = now(), .hash = XXH3_createState(),
                      .progress = !options->quiet && isatty(STDERR_FILENO)};
     for (size_t i = 0; i < plan->count; i++) writer.data_bytes += plan->tensors[i].entry.bytes;
@@ -1671,7 +1598,7 @@ static void print_plan(const Options *options, const Plan *plan) {
                    total.bytes ? 100.0 * (double)line->bytes / (double)total.bytes : 0.0);
         }
     }
-    printf("%-20s %9" PRIu64 "  %-6s %10s %12s %7.2f%%\n", "total", total.tensors, dtype_name(plan->recipe),
+    printf("%-20s %9" PRIu64 "  %-6s %10s %12s %7.2f%%\n", "total", total.tensors, dtype_name(plan->config->recipe),
            show_weights((double)total.weights, a, sizeof a), show_bytes((double)total.bytes, b, sizeof b), 100.0);
     int threads = usable_threads(plan, options->threads);
     uint64_t memory = (uint64_t)threads * scratch_per_thread(plan) + 2 * BATCH_BYTES;
@@ -1684,12 +1611,17 @@ static void print_plan(const Options *options, const Plan *plan) {
 
 static const char usage[] =
     "usage: r1-convert CHECKPOINT_DIR OUT.r1 [options]\n"
-    "Turns a Hugging Face checkpoint (safetensors) into one .r1 file.\n"
+    "       r1-convert --synthetic SHAPE[:LAYERS] OUT.r1 [options]\n"
+    "Turns a Hugging Face checkpoint (safetensors) into one .r1 file, or makes one of random weights, to measure speed.\n"
     "\n"
     "  --type TYPE       source, f32, bf16, f8, q8 or q4 (default q4). source keeps every tensor's own type;\n"
     "                    q8 and q4 keep sensitive tensors at 8 bits or more\n"
     "  --layers N        only the first N layers, and no MTP layer\n"
     "  --tokenizer-only  a file without weights; needs only tokenizer.json and tokenizer_config.json\n"
+    "  --synthetic SHAPE[:LAYERS]\n"
+    "                    random weights in the shape of a published model, or of its first LAYERS layers\n"
+    "  --tokenizer DIR   with --synthetic: the tokenizer of the checkpoint in DIR; without it the file has none\n"
+    "  --uniform         with --synthetic: every matrix at TYPE\n"
     "  --dry-run         print the plan, write nothing (OUT.r1 may be left out)\n"
     "  --force           replace OUT.r1 if it exists\n"
     "  -t, --threads N   default: all processors\n"
@@ -1697,7 +1629,9 @@ static const char usage[] =
     "  -h, --help        this text\n"
     "\n"
     "Models: deepseek_v3 (DeepSeek-R1, R1-Zero, R1-0528, Moonlight), qwen2 and llama (the distills), qwen3 "
-    "(R1-0528-Qwen3-8B).\n";
+    "(R1-0528-Qwen3-8B).\n"
+    "Shapes: r1, r1-distill-qwen-1.5b, -7b, -14b or -32b, r1-distill-llama-8b or -70b, r1-0528-qwen3-8b, "
+    "moonlight-16b-a3b.\n";
 
 static int complain(const char *format, ...) {
     va_list arguments;
@@ -1718,13 +1652,42 @@ static bool parse_number(const char *text, long least, long most, long *out) {
     return true;
 }
 
+// The SHAPE[:LAYERS] of --synthetic, behind all other options; 0 or 2 as below.
+static int parse_shape(const char *text, Options *options) {
+    if (options->tokenizer_only) return complain("--tokenizer-only makes no sense with --synthetic");
+    if (options->layers) return complain("--layers does not go with --synthetic, which takes SHAPE:LAYERS");
+    if (options->recipe == RECIPE_SOURCE) {
+        return complain("--type: random weights have no source; expected f32, bf16, f8, q8 or q4");
+    }
+    const char *layers;
+    options->shape = find_shape(text, &layers);
+    if (!options->shape) {
+        char names[400] = "";
+        for (size_t i = 0; i < SHAPE_COUNT; i++) {
+            size_t length = strlen(names);
+            snprintf(names + length, sizeof names - length, "%s%s", i ? ", " : "", known_shapes[i].name);
+        }
+        return complain("--synthetic: %.60s is no known shape; there are %s", text, names);
+    }
+    long number = 0, most = (long)options->shape->config.num_hidden_layers;
+    if (layers && !parse_number(layers, 1, most, &number)) {
+        return complain("--synthetic: %s has 1 to %ld layers, got %.60s", options->shape->name, most, layers);
+    }
+    options->layers = (uint32_t)number;
+    return 0;
+}
+
 // 0 to go on, 1 to end well, 2 for wrong usage.
 static int parse_options(int argc, char **argv, Options *options) {
-    enum { OPTION_TYPE = 1000, OPTION_LAYERS, OPTION_TOKENIZER_ONLY, OPTION_DRY_RUN, OPTION_FORCE };
+    enum { OPTION_TYPE = 1000, OPTION_LAYERS, OPTION_TOKENIZER_ONLY, OPTION_SYNTHETIC, OPTION_TOKENIZER, OPTION_UNIFORM,
+           OPTION_DRY_RUN, OPTION_FORCE };
     static const struct option table[] = {
         {"type", required_argument, NULL, OPTION_TYPE},
         {"layers", required_argument, NULL, OPTION_LAYERS},
         {"tokenizer-only", no_argument, NULL, OPTION_TOKENIZER_ONLY},
+        {"synthetic", required_argument, NULL, OPTION_SYNTHETIC},
+        {"tokenizer", required_argument, NULL, OPTION_TOKENIZER},
+        {"uniform", no_argument, NULL, OPTION_UNIFORM},
         {"dry-run", no_argument, NULL, OPTION_DRY_RUN},
         {"force", no_argument, NULL, OPTION_FORCE},
         {"threads", required_argument, NULL, 't'},
@@ -1732,6 +1695,7 @@ static int parse_options(int argc, char **argv, Options *options) {
         {"help", no_argument, NULL, 'h'},
         {0},
     };
+    const char *shape = NULL, *tokenizer = NULL;
     long number;
     opterr = 0;
     for (int option; (option = getopt_long(argc, argv, ":t:qh", table, NULL)) != -1;) {
@@ -1751,6 +1715,9 @@ static int parse_options(int argc, char **argv, Options *options) {
             options->layers = (uint32_t)number;
             break;
         case OPTION_TOKENIZER_ONLY: options->tokenizer_only = true; break;
+        case OPTION_SYNTHETIC: shape = optarg; break;
+        case OPTION_TOKENIZER: tokenizer = optarg; break;
+        case OPTION_UNIFORM: options->uniform = true; break;
         case OPTION_DRY_RUN: options->dry_run = true; break;
         case OPTION_FORCE: options->force = true; break;
         case 't':
@@ -1765,12 +1732,18 @@ static int parse_options(int argc, char **argv, Options *options) {
         default: return complain("there is no option %s", argv[optind - 1]);
         }
     }
-    int rest = argc - optind;
-    if (rest < 1) return complain("CHECKPOINT_DIR is missing");
-    if (rest < 2 && !options->dry_run) return complain("OUT.r1 is missing");
-    if (rest > 2) return complain("%s is one argument too many", argv[optind + 2]);
-    options->directory = argv[optind];
-    options->output = rest > 1 ? argv[optind + 1] : NULL;
+    char **arguments = argv + optind;
+    if (shape) {
+        if (parse_shape(shape, options)) return 2;
+        options->directory = tokenizer;
+    } else {
+        if (tokenizer || options->uniform) return complain("--%s goes with --synthetic", tokenizer ? "tokenizer" : "uniform");
+        if (!*arguments) return complain("CHECKPOINT_DIR is missing");
+        options->directory = *arguments++;
+    }
+    if (!*arguments && !options->dry_run) return complain("OUT.r1 is missing");
+    options->output = *arguments;
+    if (*arguments && arguments[1]) return complain("%s is one argument too many", arguments[1]);
     if (options->output && !*options->output) return complain("OUT.r1 is an empty name");
     if (options->tokenizer_only && options->layers) return complain("--layers makes no sense with --tokenizer-only");
     return 0;
@@ -1778,25 +1751,29 @@ static int parse_options(int argc, char **argv, Options *options) {
 
 static bool check_directory(const Options *options, Failure *failure) {
     struct stat status;
+    if (!options->directory) return true;
     if (stat(options->directory, &status) != 0) return fail(failure, "%s: %s", options->directory, strerror(errno));
+    bool tokenizer_alone = options->tokenizer_only || options->shape;
     // A folder of GGUF or PyTorch weights has no config.json either, often; which weights it has says more.
-    if (S_ISDIR(status.st_mode)) return options->tokenizer_only || check_weights(options->directory, failure);
-    return fail(failure,
-                "%s: not a directory; r1-convert takes the folder that holds config.json and the .safetensors files",
-                options->directory);
+    if (S_ISDIR(status.st_mode)) return tokenizer_alone || check_weights(options->directory, failure);
+    return fail(failure, "%s: not a directory; r1-convert takes the folder that holds %s", options->directory,
+                tokenizer_alone ? "tokenizer.json" : "config.json and the .safetensors files");
 }
 
 static bool convert(const Options *options, Failure *failure) {
     Head head = {0};
     Checkpoint checkpoint = {0};
-    Plan plan = {.config = &head.config, .recipe = options->recipe, .cut = options->layers > 0, .failure = failure};
+    Plan plan = {.shape = options->shape, .config = &head.config, .uniform = options->uniform, .cut = options->layers > 0,
+                 .failure = failure};
     double start = now();
     bool ok = check_directory(options, failure) &&
               // A long conversion should not fail at its end for a name that was taken from the beginning.
-              (options->dry_run || check_output(options, NULL, failure)) && read_head(options, &head, failure);
-    if (ok && !options->tokenizer_only) {
+              (options->dry_run || check_output(options, NULL, failure)) && make_head(options, &head, failure);
+    if (ok && options->shape) {
+        ok = plan_model(&plan);
+    } else if (ok && !options->tokenizer_only) {
         plan.checkpoint = &checkpoint;
-        ok = open_checkpoint(&checkpoint, options->directory, failure) && make_plan(&plan, options->quiet);
+        ok = open_checkpoint(&checkpoint, options->directory, failure) && plan_checkpoint(&plan, options->quiet);
     }
     ok = ok && place_tensors(&plan, head.tokenizer_bytes);
     if (ok && options->dry_run) print_plan(options, &plan);

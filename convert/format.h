@@ -6,7 +6,7 @@
 //   table       tensor_count x struct TensorEntry
 //   data        every tensor at a multiple of 4096 bytes
 //
-// This header is the only one that the converter (convert/) and the engine (r1.c) share.
+// The converter (convert/) and the engine (r1.c) share this header, and shapes.h, which tells what tensors a model has.
 #ifndef R1_FORMAT_H
 #define R1_FORMAT_H
 

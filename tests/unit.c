@@ -1,4 +1,5 @@
 // unit MODEL.r1...: functions of r1.c by themselves. Kernels have a program of their own, tests/kernels.c.
+// unit --synthetic FILE SHAPE LAYERS: a file of random weights, all of one type, against the model that r1 bench makes up.
 //
 // The models are small ones that tests/groups/unit.sh converts; the loader is shown every single damaged byte of their
 // metadata, the forward pass every kind of garbage as weights. Prints a line "ok WHAT" or "FAIL WHAT: WHY" for each thing.
@@ -343,8 +344,59 @@ static void test_forward(const char *path) {
     free(file.bytes);
 }
 
+// ---- known shapes
+
+// Every shape in every type is a model that would be sound in a file. The first layers are enough: R1's fourth is of another kind.
+static void test_shapes(void) {
+    char error[ERROR_BYTES];
+    for (size_t i = 0; i < SHAPE_COUNT; i++) {
+        for (uint32_t type = DTYPE_F32; type < DTYPE_COUNT; type++) {
+            struct Model *model = model_of_shape(&known_shapes[i], type, false, 4, error);
+            EXPECT(model, "%s: %s", dtype_name(type), error);
+            if (!model) continue;
+            EXPECT(check_config(&model->config, error), "%s: %s", dtype_name(type), error);
+            for (size_t k = 0; k < model->entry_count; k++)
+                EXPECT(check_entry(&model->entries[k], 0, model->size, error), "%s: %s", dtype_name(type), error);
+            free((void *)(uintptr_t)model->entries);
+            model_close(model);
+        }
+        report("shape %s", known_shapes[i].name);
+    }
+}
+
+static void test_synthetic(const char *path, const char *name, uint32_t layers) {
+    static struct Team team;
+    char error[ERROR_BYTES];
+    const char *rest;
+    struct Model *file = model_open(path, error);
+    if (!file) die("%s", error);
+    struct Model *model = model_of_shape(find_shape(name, &rest), file->config.recipe, true, layers, error);
+    if (!model) die("%s", error);
+    team.threads = 3;
+    for (int thread = 0; thread < team.threads; thread++) fill_weights(&(struct Filling){&team, model}, thread);
+
+    EXPECT(memcmp(&file->config, &model->config, sizeof file->config) == 0, "the configs differ");
+    EXPECT(file->entry_count == model->entry_count, "the file has %zu tensors, expected %zu", file->entry_count, model->entry_count);
+    for (size_t i = 0; i < min_size(file->entry_count, model->entry_count); i++) {
+        const struct TensorEntry *got = &file->entries[i], *expected = &model->entries[i];
+        EXPECT(memcmp(got, expected, offsetof(struct TensorEntry, offset)) == 0 && got->bytes == expected->bytes,
+               "tensor %s is not the %s expected", got->name, expected->name);
+        if (failure[0]) break;
+        EXPECT(memcmp(file->bytes + got->offset, model->bytes + expected->offset, got->bytes) == 0, "the weights of %s differ", got->name);
+    }
+    report("%s: the file is what r1 bench has in memory", name);
+    free((void *)(uintptr_t)model->entries);
+    model_close(model);
+    model_close(file);
+}
+
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc == 5 && strcmp(argv[1], "--synthetic") == 0) {
+        test_synthetic(argv[2], argv[3], (uint32_t)atoi(argv[4]));
+        return any_failed;
+    }
+    test_shapes();
     test_formats();
     test_sampler();
     test_utf8_stream();

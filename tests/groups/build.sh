@@ -56,7 +56,7 @@ built bare "without kernels/"
 copy=$scratch/bare
 passes "nothing to do after a build" make -q -C "$copy"
 if [ -x "$copy/r1" ]; then
-    for file in convert/format.h tokenizer.h demo/config.json; do
+    for file in convert/format.h convert/shapes.h tokenizer.h demo/config.json; do
         sleep 0.1                         # beyond the resolution of the files' times
         touch "$copy/$file"
         if make -q -C "$copy" >/dev/null 2>&1; then fail "a changed $file rebuilds" "make says that nothing is to do"; else ok "a changed $file rebuilds"; fi

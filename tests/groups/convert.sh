@@ -270,6 +270,47 @@ rejects "an unknown type" 2 'q7' "$convert" "$work" "$out/x.r1" --type q7
 rejects "an unknown option" 2 'frobnicate' "$convert" "$work" "$out/x.r1" --frobnicate
 passes "--help" "$convert" --help
 
+# ---- random weights in the shape of a known model
+
+# The smallest shape's smallest file: nearly all of it is vocabulary.
+shape=r1-distill-qwen-1.5b
+tokenizer=$scratch/tokenizer
+rm -rf "$out" "$tokenizer"
+mkdir "$out" "$tokenizer"
+cp "$oracles/r1_fp8"/tokenizer*.json "$tokenizer"
+passes "--synthetic" "$convert" --synthetic $shape:1 "$out/synthetic.r1" --type q4 --uniform -t 1
+if head -n 1 "$scratch/said" | grep -q '274.2 MB of random weights'; then ok "it tells the size first"; else fail "it tells the size first" "$(brief "$scratch/said")"; fi
+passes "its checksums are right" "$r1" inspect "$out/synthetic.r1" --verify
+program unit --synthetic "$out/synthetic.r1" $shape 1
+passes "bench of it" "$r1" bench "$out/synthetic.r1" --prefill 8 --decode 2
+rejects "run of it, without a tokenizer" 1 'no tokenizer.*--tokenizer' "$r1" run "$out/synthetic.r1" hello
+rejects "tokenize without a tokenizer" 1 'no tokenizer' "$r1" tokenize "$out/synthetic.r1" hello
+rejects "perplexity without a tokenizer" 1 'no tokenizer' "$r1" perplexity "$out/synthetic.r1" README.md
+passes "--synthetic --tokenizer, three threads" "$convert" --synthetic $shape:1 "$out/again.r1" --uniform -t 3 --tokenizer "$tokenizer"
+passes "run of it" "$r1" run "$out/again.r1" hello -n 3 --seed 1
+for file in synthetic again; do "$r1" inspect "$out/$file.r1" --json | grep -E '"(name|xxh3)"' >"$scratch/$file.hashes"; done
+if [ "$(grep -c xxh3 "$scratch/again.hashes")" = 13 ]; then same "the same weights" "$scratch/synthetic.hashes" "$scratch/again.hashes"
+else fail "the same weights" "expected 13 tensors, got $(brief "$scratch/again.hashes")"; fi
+rm -f "$out"/*
+
+passes "--synthetic --dry-run" "$convert" --synthetic r1 --dry-run
+if grep -q '671.03 G' "$scratch/said"; then ok "R1 has 671 G weights"; else fail "R1 has 671 G weights" "$(brief "$scratch/said")"; fi
+for name in r1 moonlight-16b-a3b r1-distill-llama-70b; do
+    rejects "an unknown shape: the message lists $name" 2 "gpt-9 .*[ ,]$name(,|;)" "$convert" --synthetic gpt-9 "$out/x.r1"
+done
+for layers in 0 29 x -1 ""; do rejects "layers '$layers' of 28" 2 '1 to 28 layers' "$convert" --synthetic "$shape:$layers" "$out/x.r1"; done
+rejects "--synthetic --type source" 2 'source' "$convert" --synthetic $shape "$out/x.r1" --type source
+rejects "--synthetic --layers" 2 'SHAPE:LAYERS' "$convert" --synthetic $shape "$out/x.r1" --layers 1
+rejects "--synthetic --tokenizer-only" 2 'tokenizer-only' "$convert" --synthetic $shape "$out/x.r1" --tokenizer-only
+rejects "--synthetic without an output" 2 'OUT.r1' "$convert" --synthetic $shape
+rejects "--synthetic with a checkpoint" 2 'argument too many' "$convert" --synthetic $shape "$oracles/llama_bf16" "$out/x.r1"
+rejects "--tokenizer of a checkpoint" 2 '--synthetic' "$convert" "$oracles/llama_bf16" "$out/x.r1" --tokenizer "$tokenizer"
+rejects "--uniform of a checkpoint" 2 '--synthetic' "$convert" "$oracles/llama_bf16" "$out/x.r1" --uniform
+rejects "a tokenizer that is not there" 1 'nowhere' "$convert" --synthetic $shape "$out/x.r1" --tokenizer "$scratch/nowhere"
+sed -i 's/"id": 266/"id": 151936/' "$tokenizer/tokenizer.json"
+rejects "a tokenizer with ids beyond the vocabulary" 1 'id 151936, but the embedding has 151936 rows' "$convert" --synthetic $shape:1 "$out/x.r1" --tokenizer "$tokenizer"
+if [ -z "$(ls -A "$out")" ]; then ok "none of these leaves anything"; else fail "none of these leaves anything" "$(ls -A "$out")"; fi
+
 # ---- killed, and a full disk
 
 # However the program ends, what stands under the final name is a whole file.
@@ -327,6 +368,7 @@ disk=$scratch/disk
 mkdir -p "$disk"
 if mount -t tmpfs -o size=256k none "$disk" 2>/dev/null; then
     rejects "a full disk" 1 'space|disk' "$convert" "$oracles/r1_fp8" "$disk/model.r1" --type source
+    rejects "a full disk, random weights" 1 'needs 1.2 GB.*disk has' "$convert" --synthetic $shape "$disk/model.r1"
     if [ -z "$(ls -A "$disk")" ]; then ok "a full disk: nothing is left"; else fail "a full disk: nothing is left" "$(ls -A "$disk")"; fi
     if mount -o remount,ro,size=64m "$disk" 2>/dev/null; then
         rejects "a read-only folder" 1 'read-only|cannot' "$convert" "$oracles/r1_fp8" "$disk/model.r1" --type source
