@@ -716,6 +716,13 @@ struct Kernels {
     void (*score_rows)(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols, float *scores);
     // out[c] += sum over j of weights[j] * rows[j][c].
     void (*mix_rows)(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols, float *out);
+    // The largest of n numbers, -infinity of none.
+    float (*find_maximum)(const float *x, size_t n);
+    // Quantises 32 columns of x [rows][32], each with a scale of its own: what a block of 256 positions of a q8 cache holds
+    // of keys (rows <= 256, a multiple of 32: a k-block of a q8 panel) and of values (its place is that of positions first
+    // to first + 31; rows a multiple of 32).
+    void (*quantize_keys)(const float *x, size_t rows, uint8_t *block);
+    void (*quantize_values)(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels);
     // x[i] = exp(x[i] - maximum); returns their sum.
     float (*exp_row)(float *x, float maximum, size_t n);
     // gate[i] = silu(gate[i]) * up[i], silu(g) = g / (1 + exp(-g)).
@@ -1002,6 +1009,62 @@ INLINE void mix_rows_body(const float *weights, const float *rows, size_t row_st
     }
 }
 
+INLINE float find_maximum_body(const float *x, size_t n) {
+    float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (size_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
+// The scales that bring the largest of each column to 127, and their inverses.
+INLINE void scale_columns(const float *x, size_t rows, float *scales, float *inverses) {
+    float largest[PANEL_ROWS] = {0};
+    for (size_t k = 0; k < rows; k++)
+#pragma omp simd
+        for (size_t r = 0; r < PANEL_ROWS; r++) {
+            float magnitude = fabsf(x[k * PANEL_ROWS + r]);
+            largest[r] = magnitude > largest[r] ? magnitude : largest[r];
+        }
+#pragma omp simd
+    for (size_t r = 0; r < PANEL_ROWS; r++) {
+        bool usable = largest[r] > 1e-35f && largest[r] < INFINITY;
+        scales[r] = usable ? largest[r] / 127.0f : 0.0f;
+        inverses[r] = usable ? 127.0f / largest[r] : 0.0f;
+    }
+}
+
+// To the nearest of -127 to 127 (a not-a-number to one of them), as the low byte of a number.
+INLINE uint32_t quantize_value(float x, float inverse) {
+    float scaled = x * inverse;
+    scaled = scaled > -127.0f ? scaled : -127.0f;
+    scaled = scaled < 127.0f ? scaled : 127.0f;
+    return bits_from_float(scaled + 12582912.0f) & 0xff;
+}
+
+INLINE void quantize_keys_body(const float *x, size_t rows, uint8_t *block) {
+    float inverses[PANEL_ROWS];
+    scale_columns(x, rows, (float *)(void *)block, inverses);
+    uint32_t *four = (uint32_t *)(void *)(block + block_head_bytes(DTYPE_Q8, rows));   // [rows/4][32][4]
+    for (size_t k = 0; k < rows; k += 4, four += PANEL_ROWS, x += 4 * PANEL_ROWS)
+#pragma omp simd
+        for (size_t r = 0; r < PANEL_ROWS; r++)
+            four[r] = quantize_value(x[r], inverses[r]) | quantize_value(x[PANEL_ROWS + r], inverses[r]) << 8 |
+                      quantize_value(x[2 * PANEL_ROWS + r], inverses[r]) << 16 | quantize_value(x[3 * PANEL_ROWS + r], inverses[r]) << 24;
+}
+
+INLINE void quantize_values_body(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels) {
+    float inverses[PANEL_ROWS];
+    scale_columns(x, rows, scales + first, inverses);
+    for (size_t d = 0; d < rows; d++) {
+        uint8_t *panel = panels + d / PANEL_ROWS * panel_bytes(DTYPE_Q8, K_BLOCK);
+        uint8_t *out = panel + block_head_bytes(DTYPE_Q8, K_BLOCK) + first * PANEL_ROWS + d % PANEL_ROWS * 4;   // [64][32][4]
+        uint8_t quants[PANEL_ROWS];
+#pragma omp simd
+        for (size_t r = 0; r < PANEL_ROWS; r++) quants[r] = (uint8_t)quantize_value(x[d * PANEL_ROWS + r], inverses[r]);
+        for (size_t r = 0; r < PANEL_ROWS; r += 4) memcpy(out + r * PANEL_ROWS, quants + r, 4);
+    }
+}
+
 INLINE float exp_row_body(float *x, float maximum, size_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -1066,6 +1129,9 @@ static const struct Kernels portable_kernels = {
     .dot = dot_body,
     .score_rows = score_rows_body,
     .mix_rows = mix_rows_body,
+    .find_maximum = find_maximum_body,
+    .quantize_keys = quantize_keys_body,
+    .quantize_values = quantize_values_body,
     .exp_row = exp_row_body,
     .silu_multiply = silu_multiply_body,
     .half_to_float = half_to_float_body,
@@ -1128,13 +1194,14 @@ static const struct Kernels *choose_kernels(const char *name) {
 enum CacheType { CACHE_F32, CACHE_F16, CACHE_Q8 };
 static const char *const cache_names[] = {"f32", "f16", "q8"};
 
-#define CACHE_GROUP 64            // values under one scale of a q8 cache row
 #define EXACT_TOKENS 16           // batches up to this size give the same bits as single tokens
 #define GEMM_PANELS 4             // panels of one OpenBLAS product: 128 rows
 #define GEMM_COLUMNS (GEMM_PANELS * PANEL_ROWS)
 #define GEMM_DEPTH 512            // columns of one OpenBLAS product, or of the panels unpacked at a time
 #define HIDDEN_TOKENS 512         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
-#define ATTENTION_CHUNK 64        // cache positions that attention takes at a time, always from a multiple of it
+#define ATTENTION_CHUNK 64        // positions of a float cache that attention takes at a time, always from a multiple of it
+#define MAX_KEY_COLS 5120         // of a cache: 4096 + 1024 of MLA (format.h's limits)
+#define CACHE_BLOCK 256           // positions of a block of a q8 cache
 #define ATTENTION_QUERIES 256     // most queries (tokens times heads) of one piece of attention work
 #define MAX_BATCH 16384
 
@@ -1173,14 +1240,19 @@ struct Worker {
     uint8_t *unpacked;            // [4 panels][512/4][32][4]
     float *unpacked_scales;       // [4 panels][2][32]
     float *gemm_inputs;           // [batch][512]
-    float *queries;               // [256][query dim, or kv_lora_rank + rope]
+    struct Activations queries;   // [256][query dim, or kv_lora_rank + rope]
     float *mixed;                 // [256][value dim, or kv_lora_rank]
-    float *scores;                // [256][64]
+    float *scores;                // [256][64], of a q8 cache [256][256]
+    struct Activations shares;    // [256][256] q8 cache: the softmax of the scores
     float *maxima, *sums;         // [max(256, batch)] of the softmax of each query
     float *keys, *values;         // [64][dim] a piece of the cache as floats
     float *latents;               // [64][kv_lora_rank + rope] MLA: the piece before it is expanded
     float *key_factor;            // [kv_lora_rank][nope] MLA: a head's factors as floats
     float *value_factor;          // [kv_lora_rank][v_head_dim]
+    // MLA with a q8 cache, where keys and values are expanded
+    struct Activations factors;   // [nope + v_head_dim][kv_lora_rank] a head's factors, quantised
+    float *expanded;              // [nope + rope + v_head_dim][32] keys and values of 32 positions
+    uint8_t *block_keys, *block_values;   // a block like one of the cache
 };
 
 struct Session {
@@ -1226,8 +1298,8 @@ struct Session {
     size_t *expert_visits;        // [experts + 1]
 
     uint8_t *cache;
-    size_t key_row_bytes, value_row_bytes;   // of one position and head
-    size_t cache_layer_bytes;
+    size_t key_row_bytes, value_row_bytes;   // of one position and head, or of 256 in a q8 cache
+    size_t cache_values, cache_layer_bytes;  // where a layer's values begin, and its end
 
     struct Worker *workers;       // [threads]
     void *arena;
@@ -1238,19 +1310,26 @@ struct MemoryPlan {
     uint64_t weights, cache, scratch;   // bytes
 };
 
-static size_t cache_row_bytes(enum CacheType type, size_t cols) {
-    switch (type) {
-    case CACHE_F32: return cols * 4;
-    case CACHE_F16: return align_up(cols * 2, 4);
-    default: return ceil_div(cols, CACHE_GROUP) * 4 + align_up(cols, 4);
-    }
-}
+static size_t cache_row_bytes(enum CacheType type, size_t cols) { return type == CACHE_F32 ? cols * 4 : align_up(cols * 2, 4); }
 
 // Values of a key and a value in the cache, per position and head of the cache. MLA keeps one latent with the rotated
 // part of the key behind it, shared by all heads, and no values.
 static size_t cache_heads(const struct ModelConfig *c) { return is_mla(c) ? 1 : c->num_key_value_heads; }
 static size_t cache_key_dim(const struct ModelConfig *c) { return is_mla(c) ? (size_t)c->kv_lora_rank + c->qk_rope_head_dim : c->head_dim; }
 static size_t cache_value_dim(const struct ModelConfig *c) { return is_mla(c) ? 0 : c->head_dim; }
+
+// A q8 cache pads keys and values to multiples of 32, a latent and its rotated part each; the latents are kept twice, as
+// keys and as values.
+static size_t padded(size_t cols) { return align_up(cols, PANEL_ROWS); }
+static size_t q8_key_cols(const struct ModelConfig *c) {
+    return is_mla(c) ? padded(c->kv_lora_rank) + padded(c->qk_rope_head_dim) : padded(c->head_dim);
+}
+static size_t q8_value_cols(const struct ModelConfig *c) { return padded(is_mla(c) ? c->kv_lora_rank : c->head_dim); }
+static size_t q8_expanded_key_cols(const struct ModelConfig *c) { return padded(c->qk_nope_head_dim) + padded(c->qk_rope_head_dim); }
+static size_t key_block_bytes(size_t cols) { return CACHE_BLOCK / PANEL_ROWS * panel_bytes(DTYPE_Q8, cols); }
+static size_t value_block_bytes(size_t cols) {
+    return CACHE_BLOCK * sizeof(float) + cols / PANEL_ROWS * panel_bytes(DTYPE_Q8, CACHE_BLOCK);
+}
 
 struct Arena {
     uint8_t *base;                // NULL: only count
@@ -1320,29 +1399,44 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     s->workers = take(arena, (size_t)threads, sizeof *s->workers);
     for (int i = 0; i < threads; i++) {
         struct Worker ignored, *w = s->workers ? &s->workers[i] : &ignored;
-        size_t key = max_size(query_dim(c), cache_key_dim(c)), value = max_size(value_dim(c), c->kv_lora_rank);
+        size_t key = max_size(query_dim(c), cache_key_dim(c)), value = padded(max_size(value_dim(c), c->kv_lora_rank));
         size_t lora = c->kv_lora_rank, softmax_rows = max_size(ATTENTION_QUERIES, batch);
+        bool expands_q8 = is_mla(c) && s->options.cache == CACHE_Q8;
+        size_t query_rows = expands_q8 ? softmax_rows : ATTENTION_QUERIES, factor_rows = padded(c->qk_nope_head_dim) + padded(c->v_head_dim);
         w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, HIDDEN_TOKENS) * K_BLOCK), 4);
         w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * K_BLOCK, 4);
         w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
         w->unpacked = take(arena, GEMM_COLUMNS * GEMM_DEPTH, 1);
         w->unpacked_scales = take(arena, GEMM_COLUMNS * GEMM_DEPTH / K_BLOCK, 4);
         w->gemm_inputs = take(arena, batch * GEMM_DEPTH, 4);
-        w->queries = take(arena, ATTENTION_QUERIES * key, 4);
-        w->mixed = take(arena, ATTENTION_QUERIES * value, 4);
-        w->scores = take(arena, ATTENTION_QUERIES * ATTENTION_CHUNK, 4);
+        take_activations(arena, &w->queries, query_rows, query_rows * row_stride(max_size(key, q8_key_cols(c))));
+        w->mixed = take(arena, query_rows * value, 4);
+        w->scores = take(arena, ATTENTION_QUERIES * CACHE_BLOCK, 4);
+        take_activations(arena, &w->shares, ATTENTION_QUERIES, ATTENTION_QUERIES * CACHE_BLOCK);
         w->maxima = take(arena, softmax_rows, 4);
         w->sums = take(arena, softmax_rows, 4);
         w->keys = take(arena, ATTENTION_CHUNK * key, 4);
-        w->values = take(arena, ATTENTION_CHUNK * align_up(value, PANEL_ROWS), 4);
+        w->values = take(arena, ATTENTION_CHUNK * value, 4);
         w->latents = take(arena, is_mla(c) ? ATTENTION_CHUNK * key : 0, 4);
-        w->key_factor = take(arena, lora * align_up(c->qk_nope_head_dim, PANEL_ROWS), 4);
-        w->value_factor = take(arena, lora * align_up(c->v_head_dim, PANEL_ROWS), 4);
+        w->key_factor = take(arena, lora * padded(c->qk_nope_head_dim), 4);
+        w->value_factor = take(arena, lora * padded(c->v_head_dim), 4);
+        take_activations(arena, &w->factors, expands_q8 ? factor_rows : 0, expands_q8 ? factor_rows * row_stride(lora) : 0);
+        w->expanded = take(arena, expands_q8 ? (factor_rows + padded(c->qk_rope_head_dim)) * PANEL_ROWS : 0, 4);
+        w->block_keys = take(arena, expands_q8 ? key_block_bytes(q8_expanded_key_cols(c)) : 0, 1);
+        w->block_values = take(arena, expands_q8 ? value_block_bytes(padded(c->v_head_dim)) : 0, 1);
     }
 
-    s->key_row_bytes = cache_row_bytes(s->options.cache, cache_key_dim(c));
-    s->value_row_bytes = cache_value_dim(c) ? cache_row_bytes(s->options.cache, cache_value_dim(c)) : 0;
-    s->cache_layer_bytes = cache_heads(c) * s->options.context * (s->key_row_bytes + s->value_row_bytes);
+    size_t rows = s->options.context;
+    if (s->options.cache == CACHE_Q8) {
+        rows = ceil_div(rows, CACHE_BLOCK);
+        s->key_row_bytes = key_block_bytes(q8_key_cols(c));
+        s->value_row_bytes = value_block_bytes(q8_value_cols(c));
+    } else {
+        s->key_row_bytes = cache_row_bytes(s->options.cache, cache_key_dim(c));
+        s->value_row_bytes = cache_value_dim(c) ? cache_row_bytes(s->options.cache, cache_value_dim(c)) : 0;
+    }
+    s->cache_values = cache_heads(c) * rows * s->key_row_bytes;
+    s->cache_layer_bytes = s->cache_values + cache_heads(c) * rows * s->value_row_bytes;
     s->cache = take(arena, c->num_hidden_layers, s->cache_layer_bytes);
 }
 
@@ -1386,6 +1480,10 @@ static struct Session *session_create(const struct Model *model, struct Team *te
         place_row(&s->input, t, t * row_stride(c->hidden_size));
         place_row(&s->latent, t, t * row_stride(c->q_lora_rank));
         place_row(&s->attended, t, t * row_stride((size_t)c->num_attention_heads * value_dim(c)));
+    }
+    for (int i = 0; i < team->threads; i++) {
+        struct Worker *w = &s->workers[i];
+        for (size_t row = 0; row < ATTENTION_QUERIES; row++) place_row(&w->shares, row, row * CACHE_BLOCK);
     }
     // Multiply-adds per key and head: expanded kv_lora_rank * (nope + v) once and nope + rope + v per query, absorbed
     // 2 * kv_lora_rank + rope per query. For R1 they meet at 171 queries.
@@ -1683,60 +1781,112 @@ static void rotate(const struct Session *s, size_t t, float *x) {
 // The cache
 //
 // What attention remembers of each position: GQA a key and a value a kv head, MLA one latent (the compressed keys and
-// values of all heads, arXiv:2405.04434 section 2.1) followed by the rotated key part. Rows are f32, half precision, or
-// int8 with a scale for each 64 values. Layer by layer: [head][position] keys, then [head][position] values.
+// values of all heads, arXiv:2405.04434 section 2.1) followed by the rotated key part. Layer by layer.
+//
+// f32, f16   [head][position] keys, then [head][position] values
+// q8         blocks of 256 positions, made for the kernels that multiply int8 matrices: [head][block] keys, 8 panels of 32
+//            positions, each a q8 panel of 32 rows (format.h, rotated columns); then [head][block] values: a float scale a
+//            position, and a q8 panel for each 32 columns of the values whose columns are the 256 positions (not rotated;
+//            its own scales are 1). MLA has its latents twice.
 // ====================================================================================================================
 
-static uint8_t *key_row(const struct Session *s, size_t layer, size_t head, size_t position) {
-    return s->cache + layer * s->cache_layer_bytes + (head * s->options.context + position) * s->key_row_bytes;
+// The row of a float cache, or the block of a q8 cache, that has the position.
+static uint8_t *cache_keys(const struct Session *s, size_t layer, size_t head, size_t position) {
+    bool q8 = s->options.cache == CACHE_Q8;
+    size_t rows = q8 ? ceil_div(s->options.context, CACHE_BLOCK) : s->options.context;
+    return s->cache + layer * s->cache_layer_bytes + (head * rows + (q8 ? position / CACHE_BLOCK : position)) * s->key_row_bytes;
 }
 
-static uint8_t *value_row(const struct Session *s, size_t layer, size_t head, size_t position) {
-    size_t keys = cache_heads(&s->model->config) * s->options.context * s->key_row_bytes;
-    return s->cache + layer * s->cache_layer_bytes + keys + (head * s->options.context + position) * s->value_row_bytes;
+static uint8_t *cache_values(const struct Session *s, size_t layer, size_t head, size_t position) {
+    bool q8 = s->options.cache == CACHE_Q8;
+    size_t rows = q8 ? ceil_div(s->options.context, CACHE_BLOCK) : s->options.context;
+    return s->cache + layer * s->cache_layer_bytes + s->cache_values + (head * rows + (q8 ? position / CACHE_BLOCK : position)) * s->value_row_bytes;
 }
 
-static void write_cache_row(const struct Session *s, uint8_t *row, const float *x, size_t cols) {
-    if (s->options.cache == CACHE_F32) {
-        memcpy(row, x, cols * sizeof *x);
-    } else if (s->options.cache == CACHE_F16) {
-        s->kernels->float_to_half(x, (uint16_t *)(void *)row, cols);
-    } else {
-        float *scales = (float *)(void *)row;
-        int8_t *quants = (int8_t *)(row + ceil_div(cols, CACHE_GROUP) * sizeof *scales);
-        for (size_t first = 0; first < cols; first += CACHE_GROUP) {
-            size_t count = min_size(CACHE_GROUP, cols - first);
-            float largest = 0;
-            for (size_t i = first; i < first + count; i++) largest = fmaxf(largest, fabsf(x[i]));
-            float inverse = largest > 1e-30f && largest < INFINITY ? 127.0f / largest : 0.0f;
-            scales[first / CACHE_GROUP] = inverse > 0 ? largest / 127.0f : 0.0f;
-            for (size_t i = first; i < first + count; i++) quants[i] = (int8_t)lrintf(fminf(fmaxf(x[i] * inverse, -127.0f), 127.0f));
-        }
+static void write_float_row(const struct Session *s, uint8_t *row, const float *x, size_t cols) {
+    if (s->options.cache == CACHE_F32) memcpy(row, x, cols * sizeof *x);
+    else s->kernels->float_to_half(x, (uint16_t *)(void *)row, cols);
+}
+
+// Reads `count` rows of a float cache, out [count][cols].
+static void read_float_rows(const struct Session *s, const uint8_t *rows, size_t row_bytes, size_t count, size_t cols, float *out) {
+    for (size_t j = 0; j < count; j++, rows += row_bytes, out += cols) {
+        if (s->options.cache == CACHE_F32) memcpy(out, rows, cols * sizeof *out);
+        else s->kernels->half_to_float((const uint16_t *)(const void *)rows, out, cols);
     }
 }
 
-// Reads `count` rows of the cache as floats, out [count][cols].
-static void read_cache_rows(const struct Session *s, const uint8_t *rows, size_t row_bytes, size_t count, size_t cols, float *out) {
-    for (size_t j = 0; j < count; j++, rows += row_bytes, out += cols) {
-        if (s->options.cache == CACHE_F32) {
-            memcpy(out, rows, cols * sizeof *out);
-        } else if (s->options.cache == CACHE_F16) {
-            s->kernels->half_to_float((const uint16_t *)(const void *)rows, out, cols);
-        } else {
-            const float *scales = (const float *)(const void *)rows;
-            const int8_t *quants = (const int8_t *)(rows + ceil_div(cols, CACHE_GROUP) * sizeof *scales);
-            for (size_t first = 0; first < cols; first += CACHE_GROUP)
-                s->kernels->int8_to_float(quants + first, scales[first / CACHE_GROUP], out + first, min_size(CACHE_GROUP, cols - first));
-        }
+// Rotates up to 256 columns at a time, as format.h does: out [padded(cols)].
+static void rotate_padded(const struct Session *s, const float *x, size_t cols, float *out) {
+    float piece[K_BLOCK];
+    for (size_t first = 0, width; first < padded(cols); first += width) {
+        width = rotation_width(padded(cols) - first);
+        for (size_t i = 0; i < width; i++) piece[i] = first + i < cols ? x[first + i] : 0;
+        s->kernels->rotate_columns(piece, width, out + first);
+    }
+}
+
+// A key or query of a q8 cache as it is multiplied: the first `cols` of x and the `rest` ones behind them rotated apart, and
+// padded. out [padded(cols) + padded(rest)].
+static void rotate_key(const struct Session *s, const float *x, size_t cols, size_t rest, float *out) {
+    rotate_padded(s, x, cols, out);
+    rotate_padded(s, x + cols, rest, out + padded(cols));
+}
+
+static void write_q8_key(const struct Session *s, uint8_t *block, size_t position, const float *x, size_t cols, size_t rest) {
+    float rotated[MAX_KEY_COLS];
+    size_t key_cols = padded(cols) + padded(rest), row = position % PANEL_ROWS;
+    uint8_t *panel = block + position % CACHE_BLOCK / PANEL_ROWS * panel_bytes(DTYPE_Q8, key_cols);
+    rotate_key(s, x, cols, rest, rotated);
+    for (size_t first = 0; first < key_cols; first += K_BLOCK) {
+        int8_t quants[K_BLOCK];
+        int32_t sums[K_BLOCK / K_GROUP], block_sum;
+        size_t length = min_size(K_BLOCK, key_cols - first);
+        s->kernels->quantize_block(rotated + first, length, quants, (float *)(void *)panel + row, sums, &block_sum);
+        panel += block_head_bytes(DTYPE_Q8, length);
+        for (size_t k = 0; k < length; k += 4) memcpy(panel + k * PANEL_ROWS + row * 4, quants + k, 4);
+        panel += value_bytes(DTYPE_Q8, length);
+    }
+}
+
+static void write_q8_value(uint8_t *block, size_t position, const float *x, size_t cols) {
+    size_t place = position % CACHE_BLOCK;
+    uint8_t *panels = block + CACHE_BLOCK * sizeof(float);
+    float largest = 0;
+    for (size_t i = 0; i < cols; i++) largest = fmaxf(largest, fabsf(x[i]));
+    bool usable = largest > 1e-35f && largest < INFINITY;
+    float inverse = usable ? 127.0f / largest : 0;
+    ((float *)(void *)block)[place] = usable ? largest / 127.0f : 0;
+    for (size_t i = 0; i < padded(cols); i++) {
+        uint8_t *panel = panels + i / PANEL_ROWS * panel_bytes(DTYPE_Q8, CACHE_BLOCK);
+        if (place == 0) ((float *)(void *)panel)[i % PANEL_ROWS] = 1;
+        uint8_t *w = panel + block_head_bytes(DTYPE_Q8, CACHE_BLOCK);
+        w[place / 4 * 4 * PANEL_ROWS + i % PANEL_ROWS * 4 + place % 4] = i < cols ? (uint8_t)quantize_value(x[i], inverse) : 0;
+    }
+}
+
+// Writes a position's key, `cols` values and `rest` rotated ones, and its value.
+static void write_cache(const struct Session *s, size_t layer, size_t head, size_t position, const float *key, size_t cols, size_t rest,
+                        const float *value, size_t value_cols) {
+    uint8_t *keys = cache_keys(s, layer, head, position), *values = cache_values(s, layer, head, position);
+    if (s->options.cache == CACHE_Q8) {
+        write_q8_key(s, keys, position, key, cols, rest);
+        write_q8_value(values, position, value, value_cols);
+    } else {
+        write_float_row(s, keys, key, cols + rest);
+        if (s->value_row_bytes) write_float_row(s, values, value, value_cols);
     }
 }
 
 // ====================================================================================================================
 // Attention
 //
-// The keys and values of 64 positions at a time meet all queries of a piece of work; each query keeps the maximum, the
-// sum and the mix of its softmax so far (online softmax, as in FlashAttention, arXiv:2205.14135). Pieces always start at
-// a multiple of 64, so a query's result depends on its own position alone.
+// The keys and values of 64 positions at a time (of a q8 cache 256) meet all queries of a piece of work; each query keeps
+// the maximum, the sum and the mix of its softmax so far (online softmax, as in FlashAttention, arXiv:2205.14135). Pieces
+// always start at a multiple of 64 (256), so a query's result depends on its own position alone.
+//
+// With a q8 cache both products are those of int8 matrices: a panel of keys times the quantised queries, and a panel of
+// values times the quantised softmax of 256 scores, in which the scales of the values have been multiplied.
 //
 // GQA: groups of query heads share a kv head. MLA has two ways that give the same result: for few tokens the query is
 // multiplied by the head's key factor ("absorbed") and then meets the cached latents as they are, all heads sharing
@@ -1750,10 +1900,24 @@ struct Queries {
     size_t first_token;
     const float *q;               // [count], q_stride floats apart, multiplied by the softmax scale
     size_t q_stride, key_dim;
+    const struct Row *rows;       // [count] the same queries quantised, for a q8 cache; q is then not used
     float *mixed;                 // [count], mixed_stride floats apart
     size_t mixed_stride, value_dim;
     float *maxima, *sums;         // [count]
 };
+
+// `count` queries from `first` on of one head's.
+static struct Queries slice_queries(const struct Queries *all, size_t first, size_t count) {
+    struct Queries some = *all;
+    some.count = count;
+    some.first_token = first;
+    if (all->q) some.q += first * all->q_stride;
+    some.rows += first;
+    some.mixed += first * all->mixed_stride;
+    some.maxima += first;
+    some.sums += first;
+    return some;
+}
 
 static void start_softmax(const struct Queries *queries) {
     for (size_t i = 0; i < queries->count; i++) {
@@ -1770,6 +1934,23 @@ static void end_softmax(const struct Queries *queries) {
     }
 }
 
+// The scores of the first `visible` positions from maximum and sum so far on: exponentials, both brought up to date, and what
+// was mixed before weighed anew.
+static void update_softmax(const struct Session *s, const struct Queries *queries, size_t i, float *scores, size_t visible) {
+    float *mixed = queries->mixed + i * queries->mixed_stride, maximum = fmaxf(queries->maxima[i], s->kernels->find_maximum(scores, visible));
+    float kept = exp_float(queries->maxima[i] - maximum);    // -inf gives next to nothing
+    queries->sums[i] = queries->sums[i] * kept + s->kernels->exp_row(scores, maximum, visible);
+    if (maximum != queries->maxima[i])
+        for (size_t c = 0; c < queries->value_dim; c++) mixed[c] *= kept;
+    queries->maxima[i] = maximum;
+}
+
+// Positions from `first` on that query i sees.
+static size_t count_visible(const struct Session *s, const struct Queries *queries, size_t i, size_t first, size_t count) {
+    size_t position = s->position + queries->first_token + i / queries->heads;
+    return position < first ? 0 : min_size(count, position - first + 1);
+}
+
 // Lets the queries look at `count` positions from `first` on: keys [count][key_stride], values [count][value_stride].
 static void attend_chunk(const struct Session *s, struct Worker *worker, const struct Queries *queries, size_t first, size_t count,
                          const float *keys, size_t key_stride, const float *values, size_t value_stride) {
@@ -1778,25 +1959,83 @@ static void attend_chunk(const struct Session *s, struct Worker *worker, const s
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)queries->count, (int)count, (int)queries->key_dim, 1, queries->q,
                     (int)queries->q_stride, keys, (int)key_stride, 0, worker->scores, ATTENTION_CHUNK);
     for (size_t i = 0; i < queries->count; i++) {
-        size_t position = s->position + queries->first_token + i / queries->heads;
-        size_t visible = position < first ? 0 : min_size(count, position - first + 1);
-        float *scores = worker->scores + i * ATTENTION_CHUNK, *mixed = queries->mixed + i * queries->mixed_stride;
+        size_t visible = count_visible(s, queries, i, first, count);
+        float *scores = worker->scores + i * ATTENTION_CHUNK;
         if (!gemm && visible) s->kernels->score_rows(queries->q + i * queries->q_stride, keys, key_stride, visible, queries->key_dim, scores);
-        if (visible) {
-            float maximum = queries->maxima[i];
-            for (size_t j = 0; j < visible; j++) maximum = scores[j] > maximum ? scores[j] : maximum;
-            float kept = exp_float(queries->maxima[i] - maximum);    // of what was mixed before; -inf gives next to nothing
-            queries->sums[i] = queries->sums[i] * kept + s->kernels->exp_row(scores, maximum, visible);
-            if (maximum != queries->maxima[i])
-                for (size_t c = 0; c < queries->value_dim; c++) mixed[c] *= kept;
-            queries->maxima[i] = maximum;
-        }
+        if (visible) update_softmax(s, queries, i, scores, visible);
         if (gemm) memset(scores + visible, 0, (count - visible) * sizeof *scores);
-        else if (visible) s->kernels->mix_rows(scores, values, value_stride, visible, queries->value_dim, mixed);
+        else if (visible) s->kernels->mix_rows(scores, values, value_stride, visible, queries->value_dim, queries->mixed + i * queries->mixed_stride);
     }
     if (gemm)
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)queries->count, (int)queries->value_dim, (int)count, 1, worker->scores,
                     ATTENTION_CHUNK, values, (int)value_stride, 1, queries->mixed, (int)queries->mixed_stride);
+}
+
+// out[i][32] += a q8 panel of `cols` columns times the rows.
+static void multiply_q8_panel(const struct Session *s, struct Worker *worker, const uint8_t *panel, size_t cols, const struct Row *rows,
+                              size_t count, float *out, size_t stride) {
+    for (size_t first = 0; first < cols; first += GEMM_DEPTH) {
+        size_t depth = min_size(GEMM_DEPTH, cols - first);
+        s->kernels->unpack[DTYPE_Q8](panel, cols, first, depth, worker->unpacked, worker->unpacked_scales);
+        s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, rows, first, count, out, stride);
+    }
+}
+
+// attend_chunk() for a block of a q8 cache with `count` positions from `first` on.
+static void attend_q8_block(const struct Session *s, struct Worker *worker, const struct Queries *queries, size_t first, size_t count,
+                            const uint8_t *keys, const uint8_t *values) {
+    size_t cols = padded(count), n = queries->count;
+    memset(worker->scores, 0, n * CACHE_BLOCK * sizeof *worker->scores);
+    for (size_t j = 0; j < cols; j += PANEL_ROWS)
+        multiply_q8_panel(s, worker, keys + j / PANEL_ROWS * panel_bytes(DTYPE_Q8, queries->key_dim), queries->key_dim, queries->rows, n,
+                          worker->scores + j, CACHE_BLOCK);
+    const float *value_scales = (const float *)(const void *)values;
+    for (size_t i = 0; i < n; i++) {
+        size_t visible = count_visible(s, queries, i, first, count);
+        float *scores = worker->scores + i * CACHE_BLOCK;
+        if (visible) update_softmax(s, queries, i, scores, visible);
+        for (size_t j = 0; j < visible; j++) scores[j] *= value_scales[j];
+        memset(scores + visible, 0, (cols - visible) * sizeof *scores);
+        size_t at = i * CACHE_BLOCK;
+        s->kernels->quantize_block(scores, cols, worker->shares.quants + at, worker->shares.scales + i, worker->shares.sums + at / K_GROUP,
+                                   worker->shares.block_sums + i);
+    }
+    for (size_t c = 0; c < queries->value_dim; c += PANEL_ROWS)
+        multiply_q8_panel(s, worker, values + CACHE_BLOCK * sizeof(float) + c / PANEL_ROWS * panel_bytes(DTYPE_Q8, CACHE_BLOCK), cols,
+                          worker->shares.rows, n, queries->mixed + c, queries->mixed_stride);
+}
+
+// Quantises query i of a piece for a q8 cache.
+static void quantize_query(const struct Session *s, struct Worker *worker, size_t i, const float *q, size_t cols, size_t rest) {
+    float rotated[MAX_KEY_COLS];
+    size_t key_cols = padded(cols) + padded(rest), at = i * row_stride(key_cols);
+    const struct Activations *a = &worker->queries;
+    rotate_key(s, q, cols, rest, rotated);
+    place_row(&worker->queries, i, at);
+    for (size_t first = 0; first < key_cols; first += K_BLOCK, at += K_BLOCK)
+        s->kernels->quantize_block(rotated + first, min_size(K_BLOCK, key_cols - first), a->quants + at, a->scales + at / K_BLOCK,
+                                   a->sums + at / K_GROUP, a->block_sums + at / K_BLOCK);
+}
+
+// Attention of a piece over all that the cache has for a head up to the piece's last token.
+static void attend_cache(const struct Session *s, struct Worker *w, const struct Queries *queries, size_t layer, size_t head) {
+    bool q8 = s->options.cache == CACHE_Q8;
+    size_t step = q8 ? CACHE_BLOCK : ATTENTION_CHUNK, end = s->position + queries->first_token + queries->count / queries->heads;
+    size_t dim = queries->key_dim;
+    start_softmax(queries);
+    for (size_t first = 0; first < end; first += step) {
+        size_t count = min_size(step, end - first);
+        const uint8_t *keys = cache_keys(s, layer, head, first), *values = cache_values(s, layer, head, first);
+        if (q8) {
+            attend_q8_block(s, w, queries, first, count, keys, values);
+            continue;
+        }
+        read_float_rows(s, keys, s->key_row_bytes, count, dim, w->keys);
+        if (s->value_row_bytes) read_float_rows(s, values, s->value_row_bytes, count, queries->value_dim, w->values);
+        // MLA's values are the latents, with which its keys begin.
+        attend_chunk(s, w, queries, first, count, w->keys, dim, s->value_row_bytes ? w->values : w->keys, s->value_row_bytes ? queries->value_dim : dim);
+    }
+    end_softmax(queries);
 }
 
 // How a step's tokens and the heads that share a cache head are cut into pieces of work: as large as the buffers allow,
@@ -1826,8 +2065,7 @@ static void store_keys_values(struct Session *s, int thread, size_t layer) {
             float *k = s->k + (t * kv_heads + h) * dim;
             if (l->k_norm) rms_norm(s, k, l->k_norm, dim, c->rms_norm_eps, k);
             rotate(s, t, k);
-            write_cache_row(s, key_row(s, layer, h, s->position + t), k, dim);
-            write_cache_row(s, value_row(s, layer, h, s->position + t), s->v + (t * kv_heads + h) * dim, dim);
+            write_cache(s, layer, h, s->position + t, k, dim, 0, s->v + (t * kv_heads + h) * dim, dim);
         }
     }
 }
@@ -1846,29 +2084,23 @@ static void attend_gqa(struct Session *s, int thread, size_t layer) {
         size_t kv_head = item / token_pieces / head_pieces, first_token = item % token_pieces * piece_tokens;
         size_t first_head = item / token_pieces % head_pieces * piece_heads;
         size_t tokens = min_size(piece_tokens, s->n - first_token), own_heads = min_size(piece_heads, group - first_head);
+        bool q8 = s->options.cache == CACHE_Q8;
         for (size_t i = 0; i < tokens * own_heads; i++) {
             size_t t = first_token + i / own_heads, h = kv_head * group + first_head + i % own_heads;
-            float *q = w->queries + i * dim;
+            float *q = w->queries.values + i * dim;
             memcpy(q, s->q + (t * heads + h) * dim, dim * sizeof *q);
             if (l->q_norm) rms_norm(s, q, l->q_norm, dim, c->rms_norm_eps, q);
             rotate(s, t, q);
             for (size_t d = 0; d < dim; d++) q[d] *= s->softmax_scale;
+            if (q8) quantize_query(s, w, i, q, dim, 0);
         }
-        struct Queries queries = {.count = tokens * own_heads, .heads = own_heads, .first_token = first_token, .q = w->queries,
-                                  .q_stride = dim, .key_dim = dim, .mixed = w->mixed, .mixed_stride = dim, .value_dim = dim,
-                                  .maxima = w->maxima, .sums = w->sums};
-        start_softmax(&queries);
-        size_t end = s->position + first_token + tokens;
-        for (size_t first = 0; first < end; first += ATTENTION_CHUNK) {
-            size_t count = min_size(ATTENTION_CHUNK, end - first);
-            read_cache_rows(s, key_row(s, layer, kv_head, first), s->key_row_bytes, count, dim, w->keys);
-            read_cache_rows(s, value_row(s, layer, kv_head, first), s->value_row_bytes, count, dim, w->values);
-            attend_chunk(s, w, &queries, first, count, w->keys, dim, w->values, dim);
-        }
-        end_softmax(&queries);
+        struct Queries queries = {.count = tokens * own_heads, .heads = own_heads, .first_token = first_token, .q = w->queries.values,
+                                  .q_stride = dim, .key_dim = q8 ? padded(dim) : dim, .rows = w->queries.rows, .mixed = w->mixed,
+                                  .mixed_stride = padded(dim), .value_dim = q8 ? padded(dim) : dim, .maxima = w->maxima, .sums = w->sums};
+        attend_cache(s, w, &queries, layer, kv_head);
         for (size_t i = 0; i < tokens * own_heads; i++) {
             size_t t = first_token + i / own_heads, h = kv_head * group + first_head + i % own_heads;
-            memcpy(row_values(&s->attended, t) + h * dim, w->mixed + i * dim, dim * sizeof(float));
+            memcpy(row_values(&s->attended, t) + h * dim, w->mixed + i * padded(dim), dim * sizeof(float));
         }
     }
 }
@@ -1884,7 +2116,7 @@ static void store_latents(struct Session *s, int thread, size_t layer) {
         float *latent = s->kv_latent + t * row;
         rms_norm(s, latent, l->kv_a_norm, lora, LATENT_NORM_EPS, latent);
         rotate(s, t, latent + lora);
-        write_cache_row(s, key_row(s, layer, 0, s->position + t), latent, row);
+        write_cache(s, layer, 0, s->position + t, latent, lora, row - lora, latent, lora);
         if (!c->q_lora_rank) continue;
         rms_norm(s, s->q_latent + t * c->q_lora_rank, l->q_a_norm, c->q_lora_rank, LATENT_NORM_EPS, row_values(&s->latent, t));
         quantize_activations(s, &s->latent, t, c->q_lora_rank);
@@ -1933,24 +2165,19 @@ static void attend_mla_absorbed(struct Session *s, int thread, size_t layer) {
             struct Matrix absorb = blob_matrix(&l->key_transposed, 0, first_head + h);
             for (size_t t = 0; t < tokens; t++) {
                 prepare_mla_query(s, first_token + t, q + t * heads * dim);
-                memcpy(w->queries + (t * own_heads + h) * row + lora, q + t * heads * dim + nope, rope * sizeof *q);
+                memcpy(w->queries.values + (t * own_heads + h) * row + lora, q + t * heads * dim + nope, rope * sizeof *q);
             }
-            multiply_factor(s, &absorb, q, heads * dim, tokens, w->queries + h * row, own_heads * row);
+            multiply_factor(s, &absorb, q, heads * dim, tokens, w->queries.values + h * row, own_heads * row);
         }
-        struct Queries queries = {.count = tokens * own_heads, .heads = own_heads, .first_token = first_token, .q = w->queries,
-                                  .q_stride = row, .key_dim = row, .mixed = w->mixed, .mixed_stride = lora, .value_dim = lora,
-                                  .maxima = w->maxima, .sums = w->sums};
-        start_softmax(&queries);
-        size_t end = s->position + first_token + tokens;
-        for (size_t first = 0; first < end; first += ATTENTION_CHUNK) {
-            size_t count = min_size(ATTENTION_CHUNK, end - first);
-            read_cache_rows(s, key_row(s, layer, 0, first), s->key_row_bytes, count, row, w->keys);
-            attend_chunk(s, w, &queries, first, count, w->keys, row, w->keys, row);
-        }
-        end_softmax(&queries);
+        bool q8 = s->options.cache == CACHE_Q8;
+        for (size_t i = 0; q8 && i < tokens * own_heads; i++) quantize_query(s, w, i, w->queries.values + i * row, lora, rope);
+        struct Queries queries = {.count = tokens * own_heads, .heads = own_heads, .first_token = first_token, .q = w->queries.values,
+                                  .q_stride = row, .key_dim = q8 ? q8_key_cols(c) : row, .rows = w->queries.rows, .mixed = w->mixed,
+                                  .mixed_stride = padded(lora), .value_dim = q8 ? padded(lora) : lora, .maxima = w->maxima, .sums = w->sums};
+        attend_cache(s, w, &queries, layer, 0);
         for (size_t h = 0; h < own_heads; h++) {
             struct Matrix up = blob_matrix(&l->value, 0, first_head + h);
-            multiply_factor(s, &up, w->mixed + h * lora, own_heads * lora, tokens,
+            multiply_factor(s, &up, w->mixed + h * padded(lora), own_heads * padded(lora), tokens,
                             row_values(&s->attended, first_token) + (first_head + h) * value, row_stride(heads * value));
         }
     }
@@ -1960,6 +2187,97 @@ static void attend_mla_absorbed(struct Session *s, int thread, size_t layer) {
 static void expand_factor(const struct Matrix *factor, float *out) {
     size_t width = panel_count(factor) * PANEL_ROWS;
     for (size_t p = 0; p < panel_count(factor); p++) expand_panel(factor, p, 0, factor->cols, out + p * PANEL_ROWS, width);
+}
+
+// A head's factors for a q8 cache, as rows to multiply panels of latents by: the keys' first [padded(nope)], then the values'
+// [padded(v_head_dim)]. Latents come in rotated columns, so the factors' columns are rotated as well; and the keys must come out
+// in rotated columns, so the rows of their factor are.
+static void quantize_factors(const struct Session *s, struct Worker *w, const struct Matrix *key, const struct Matrix *up) {
+    const struct ModelConfig *c = &s->model->config;
+    size_t lora = c->kv_lora_rank, nope = padded(c->qk_nope_head_dim), rows = nope + padded(c->v_head_dim);
+    expand_factor(key, w->key_factor);
+    expand_factor(up, w->value_factor);
+    for (size_t k = 0; k < lora; k++) {
+        float rotated[MAX_KEY_COLS];
+        rotate_padded(s, w->key_factor + k * nope, c->qk_nope_head_dim, rotated);
+        memcpy(w->key_factor + k * nope, rotated, nope * sizeof *rotated);
+    }
+    for (size_t r = 0; r < rows; r++) {
+        const float *column = r < nope ? w->key_factor + r : w->value_factor + r - nope;
+        size_t stride = r < nope ? nope : rows - nope, at = r * row_stride(lora);
+        float row[MAX_KEY_COLS], rotated[MAX_KEY_COLS];
+        for (size_t k = 0; k < lora; k++) row[k] = column[k * stride];
+        rotate_padded(s, row, lora, rotated);
+        place_row(&w->factors, r, at);
+        for (size_t first = 0; first < padded(lora); first += K_BLOCK, at += K_BLOCK)
+            s->kernels->quantize_block(rotated + first, min_size(K_BLOCK, padded(lora) - first), w->factors.quants + at,
+                                       w->factors.scales + at / K_BLOCK, w->factors.sums + at / K_GROUP, w->factors.block_sums + at / K_BLOCK);
+    }
+}
+
+// Expands `count` positions of a q8 cache's block of latents to a head's keys and values, w->block_keys and w->block_values.
+static void expand_q8_block(const struct Session *s, struct Worker *w, const uint8_t *latents, size_t count) {
+    const struct ModelConfig *c = &s->model->config;
+    size_t lora = padded(c->kv_lora_rank), rope = padded(c->qk_rope_head_dim), nope = padded(c->qk_nope_head_dim), value = padded(c->v_head_dim);
+    uint8_t *panels = w->block_values + CACHE_BLOCK * sizeof(float);
+    for (size_t d = 0; d < value; d++) ((float *)(void *)(panels + d / PANEL_ROWS * panel_bytes(DTYPE_Q8, CACHE_BLOCK)))[d % PANEL_ROWS] = 1;
+    for (size_t j = 0; j < count; j += PANEL_ROWS) {
+        const uint8_t *panel = latents + j / PANEL_ROWS * panel_bytes(DTYPE_Q8, lora + rope);
+        float *keys = w->expanded, *values = keys + (nope + rope) * PANEL_ROWS;      // [rows][32 positions]
+        memset(keys, 0, (nope + rope + value) * PANEL_ROWS * sizeof *keys);
+        for (size_t first = 0; first < lora; first += GEMM_DEPTH) {
+            s->kernels->unpack[DTYPE_Q8](panel, lora + rope, first, min_size(GEMM_DEPTH, lora + rope - first), w->unpacked, w->unpacked_scales);
+            size_t depth = min_size(GEMM_DEPTH, lora - first);
+            s->kernels->multiply_unpacked(w->unpacked, w->unpacked_scales, depth, w->factors.rows, first, nope, keys, PANEL_ROWS);
+            s->kernels->multiply_unpacked(w->unpacked, w->unpacked_scales, depth, w->factors.rows + nope, first, value, values, PANEL_ROWS);
+        }
+        // The rotated part of the keys stands in the cache behind the latents.
+        for (size_t k = 0; k < rope; k++) {
+            size_t column = lora + k, block = column / K_BLOCK * K_BLOCK, length = min_size(K_BLOCK, lora + rope - block);
+            const uint8_t *at = panel + block / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+            const int8_t *quants = (const int8_t *)at + block_head_bytes(DTYPE_Q8, length) + (column - block) / 4 * 4 * PANEL_ROWS + column % 4;
+            for (size_t r = 0; r < PANEL_ROWS; r++) keys[(nope + k) * PANEL_ROWS + r] = ((const float *)(const void *)at)[r] * (float)quants[r * 4];
+        }
+        uint8_t *out = w->block_keys + j / PANEL_ROWS * panel_bytes(DTYPE_Q8, nope + rope);
+        for (size_t first = 0; first < nope + rope; first += K_BLOCK) {
+            size_t length = min_size(K_BLOCK, nope + rope - first);
+            s->kernels->quantize_keys(keys + first * PANEL_ROWS, length, out);
+            out += block_head_bytes(DTYPE_Q8, length) + value_bytes(DTYPE_Q8, length);
+        }
+        s->kernels->quantize_values(values, value, j, (float *)(void *)w->block_values, panels);
+    }
+}
+
+// attend_mla_expanded() for a q8 cache: keys and values are expanded by int8 products, too, and quantised. One item a head.
+static void attend_mla_q8(struct Session *s, int thread, size_t layer) {
+    const struct ModelConfig *c = &s->model->config;
+    const struct Layer *l = &s->model->layers[layer];
+    struct Worker *w = &s->workers[thread];
+    size_t heads = c->num_attention_heads, nope = c->qk_nope_head_dim, dim = query_dim(c), value = c->v_head_dim, h;
+    struct Items items = share_items(s, thread, heads);
+    while (next_item(&items, &h)) {
+        struct Matrix key = blob_matrix(&l->key, 0, h), up = blob_matrix(&l->value, 0, h);
+        quantize_factors(s, w, &key, &up);
+        for (size_t t = 0; t < s->n; t++) {
+            float *q = s->q + (t * heads + h) * dim;
+            prepare_mla_query(s, t, q);
+            quantize_query(s, w, t, q, nope, dim - nope);
+        }
+        struct Queries all = {.count = s->n, .heads = 1, .key_dim = q8_expanded_key_cols(c), .rows = w->queries.rows, .mixed = w->mixed,
+                              .mixed_stride = padded(value), .value_dim = padded(value), .maxima = w->maxima, .sums = w->sums};
+        start_softmax(&all);
+        size_t end = s->position + s->n;
+        for (size_t first = 0; first < end; first += CACHE_BLOCK) {
+            size_t count = min_size(CACHE_BLOCK, end - first);
+            expand_q8_block(s, w, cache_keys(s, layer, 0, first), count);
+            for (size_t t = first > s->position ? first - s->position : 0; t < s->n; t += ATTENTION_QUERIES) {
+                struct Queries some = slice_queries(&all, t, min_size(ATTENTION_QUERIES, s->n - t));
+                attend_q8_block(s, w, &some, first, min_size(count, s->position + t + some.count - first), w->block_keys, w->block_values);
+            }
+        }
+        end_softmax(&all);
+        for (size_t t = 0; t < s->n; t++) memcpy(row_values(&s->attended, t) + h * value, w->mixed + t * padded(value), value * sizeof(float));
+    }
 }
 
 // Many tokens: a head expands each piece of the cache to its own keys and values. One item a head.
@@ -1978,12 +2296,12 @@ static void attend_mla_expanded(struct Session *s, int thread, size_t layer) {
         for (size_t t = 0; t < s->n; t++) prepare_mla_query(s, t, s->q + (t * heads + h) * dim);
         struct Queries all = {.count = s->n, .heads = 1, .q = s->q + h * dim, .q_stride = heads * dim, .key_dim = dim,
                               .mixed = row_values(&s->attended, 0) + h * value, .mixed_stride = row_stride(heads * value),
-                              .value_dim = value, .maxima = w->maxima, .sums = w->sums};
+                              .value_dim = value, .rows = w->queries.rows, .maxima = w->maxima, .sums = w->sums};
         start_softmax(&all);
         size_t end = s->position + s->n;
         for (size_t first = 0; first < end; first += ATTENTION_CHUNK) {
             size_t count = min_size(ATTENTION_CHUNK, end - first);
-            read_cache_rows(s, key_row(s, layer, 0, first), s->key_row_bytes, count, row, w->latents);
+            read_float_rows(s, cache_keys(s, layer, 0, first), s->key_row_bytes, count, row, w->latents);
             // The product fills nope_width columns of each key; the rotated part then overwrites any padding behind nope.
             size_t key_stride = nope_width + rope;
             cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)count, (int)nope_width, (int)lora, 1, w->latents, (int)row,
@@ -1992,13 +2310,7 @@ static void attend_mla_expanded(struct Session *s, int thread, size_t layer) {
             cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)count, (int)value_width, (int)lora, 1, w->latents, (int)row,
                         w->value_factor, (int)value_width, 0, w->values, (int)value_width);
             for (size_t t = 0; t < s->n; t += ATTENTION_QUERIES) {
-                struct Queries some = all;
-                some.count = min_size(ATTENTION_QUERIES, s->n - t);
-                some.first_token = t;
-                some.q += t * all.q_stride;
-                some.mixed += t * all.mixed_stride;
-                some.maxima += t;
-                some.sums += t;
+                struct Queries some = slice_queries(&all, t, min_size(ATTENTION_QUERIES, s->n - t));
                 if (s->position + t + some.count > first)
                     attend_chunk(s, w, &some, first, count, w->keys, key_stride, w->values, value_width);
             }
@@ -2215,6 +2527,7 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
             team_barrier(s->team);
         }
         if (s->n < s->expand_tokens) attend_mla_absorbed(s, thread, layer);
+        else if (s->options.cache == CACHE_Q8) attend_mla_q8(s, thread, layer);
         else attend_mla_expanded(s, thread, layer);
     } else {
         size_t kv_width = (size_t)c->num_key_value_heads * c->head_dim;

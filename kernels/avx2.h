@@ -569,6 +569,12 @@ AVX2 static void int8_to_float_avx2(const int8_t *quants, float scale, float *ou
                      : "+r"(rounds) : : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",   \
                        "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15")
 
+AVX2 static float find_maximum_avx2(const float *x, size_t n) { return find_maximum_body(x, n); }
+AVX2 static void quantize_keys_avx2(const float *x, size_t rows, uint8_t *block) { quantize_keys_body(x, rows, block); }
+AVX2 static void quantize_values_avx2(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels) {
+    quantize_values_body(x, rows, first, scales, panels);
+}
+
 AVX2 static uint64_t read_probe_avx2(const uint8_t *bytes, size_t count) { return read_probe_body(bytes, count); }
 
 // Products of 8 bits, their sums of 16 and of 32: three instructions for 32 multiply-adds.
@@ -611,6 +617,9 @@ static bool has_avxvnni(void) {
         .dot = dot_avx2,                                                                                                \
         .score_rows = score_rows_avx2,                                                                                  \
         .mix_rows = mix_rows_avx2,                                                                                      \
+        .find_maximum = find_maximum_avx2,                                                                              \
+        .quantize_keys = quantize_keys_avx2,                                                                            \
+        .quantize_values = quantize_values_avx2,                                                                        \
         .exp_row = exp_row_avx2,                                                                                        \
         .silu_multiply = silu_multiply_avx2,                                                                            \
         .half_to_float = half_to_float_avx2,                                                                            \

@@ -662,6 +662,12 @@ AVX512 static void int8_to_float_avx512(const int8_t *quants, float scale, float
     }
 }
 
+AVX512 static float find_maximum_avx512(const float *x, size_t n) { return find_maximum_body(x, n); }
+AVX512 static void quantize_keys_avx512(const float *x, size_t rows, uint8_t *block) { quantize_keys_body(x, rows, block); }
+AVX512 static void quantize_values_avx512(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels) {
+    quantize_values_body(x, rows, first, scales, panels);
+}
+
 AVX512 static uint64_t read_probe_avx512(const uint8_t *bytes, size_t count) { return read_probe_body(bytes, count); }
 
 static void multiply_probe_avx512(uint64_t rounds) {
@@ -681,6 +687,9 @@ static const struct Kernels avx512_kernels = {
     .dot = dot_avx512,
     .score_rows = score_rows_avx512,
     .mix_rows = mix_rows_avx512,
+    .find_maximum = find_maximum_avx512,
+    .quantize_keys = quantize_keys_avx512,
+    .quantize_values = quantize_values_avx512,
     .exp_row = exp_row_avx512,
     .silu_multiply = silu_multiply_avx512,
     .half_to_float = half_to_float_avx512,
