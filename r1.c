@@ -2055,7 +2055,7 @@ static void attend_cache(const struct Session *s, struct Worker *w, const struct
 // its last bits depend on the size of the piece, which so must not depend on the number of threads.
 #define GEMM_PIECES 64
 static void choose_piece(const struct Session *s, size_t cache_heads_count, size_t heads, size_t *piece_tokens, size_t *piece_heads) {
-    size_t least_pieces = s->n > EXACT_TOKENS ? GEMM_PIECES : 2 * (size_t)s->team->threads;
+    size_t least_pieces = s->n > EXACT_TOKENS ? GEMM_PIECES : (size_t)s->team->threads;
     *piece_heads = min_size(heads, ATTENTION_QUERIES);
     *piece_tokens = min_size(s->n, ATTENTION_QUERIES / *piece_heads);
     while (cache_heads_count * ceil_div(heads, *piece_heads) * ceil_div(s->n, *piece_tokens) < least_pieces) {
