@@ -214,7 +214,7 @@ static inline struct ModelConfig shape_config(const struct Shape *shape, uint32_
 static const struct { uint64_t kept, set; } random_weights[DTYPE_COUNT] = {
     [DTYPE_F32] = {0x807fffff807fffff, 0x3c8000003c800000}, [DTYPE_BF16] = {0x807f807f807f807f, 0x3c803c803c803c80},
     [DTYPE_F8] = {0xfefefefefefefefe, 0x4040404040404040}, [DTYPE_Q8] = {UINT64_MAX, 0x0101010101010101},
-    [DTYPE_Q4] = {UINT64_MAX, 0}};
+    [DTYPE_Q4] = {UINT64_MAX, 0}, [DTYPE_Q6] = {UINT64_MAX, 0}};
 
 // Xorshift (Marsaglia 2003): fast, and good enough for weights. The state is never 0.
 static inline uint64_t random_word(uint64_t *state) {
@@ -238,7 +238,7 @@ static inline uint64_t panel_offset(const struct TensorEntry *entry, uint64_t bl
 }
 
 // The panel of a part that starts `offset` bytes into the tensor. The scales undo the deviation of evenly distributed codes:
-// 142 for f8, 73 for q8, 67 for q4's table.
+// 142 for f8, 73 for q8, 67 for q4's table, 18.5 for q6.
 static inline void fill_panel(const struct TensorEntry *entry, unsigned part, uint64_t offset, uint8_t *out) {
     uint32_t dtype = entry->dtype[part];
     uint64_t kept = random_weights[dtype].kept, set = random_weights[dtype].set;
@@ -254,6 +254,7 @@ static inline void fill_panel(const struct TensorEntry *entry, unsigned part, ui
             memset(block, 0, head);
             if (dtype == DTYPE_F8) fill_floats(block, length / K_GROUP, RANDOM_DEVIATION / 142.0f);
             if (dtype == DTYPE_Q8) fill_floats(block, PANEL_ROWS, RANDOM_DEVIATION / 73.0f);
+            if (dtype == DTYPE_Q6) fill_floats(block, PANEL_ROWS, RANDOM_DEVIATION / 18.5f);
         }
         for (uint64_t i = head; i < end; i += sizeof random) {
             uint64_t word = (random_word(&random) & kept) | set;

@@ -229,11 +229,55 @@ INLINE void product_q4_neon_tile(const uint8_t *panel, size_t cols, const struct
         vst1q_f32(out + i, vmulq_f32(vld1q_f32(out + i), vld1q_f32(row_scales + i % PANEL_ROWS)));
 }
 
+// Values of 4 rows and four of 16 columns, the i-th ones: a nibble of `pairs` with two bits of `tops` above it, less 32.
+INLINE int8x16_t join_q6_neon(uint8x16_t pairs, uint8x16_t tops, const size_t i) {
+    uint8x16_t nibbles = i % 2 ? vshrq_n_u8(pairs, 4) : vandq_u8(pairs, vdupq_n_u8(15));
+    uint8x16_t above = i == 0 ? vshlq_n_u8(tops, 4) : i == 1 ? vshlq_n_u8(tops, 2) : i == 2 ? tops : vshrq_n_u8(tops, 2);
+    uint8x16_t codes = vorrq_u8(nibbles, vandq_u8(above, vdupq_n_u8(0x30)));
+    return vsubq_s8(vreinterpretq_s8_u8(codes), vdupq_n_s8(Q6_ZERO));
+}
+
+INLINE void product_q6_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                 const size_t vectors, float *out) {
+    memset(out, 0, n * PANEL_ROWS * sizeof *out);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q6, length);     // [length/16][384]
+        for (size_t row = 0; row < PANEL_ROWS; row += 4 * vectors) {
+            int32x4_t sum[4][8];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = vdupq_n_s32(0);
+            for (size_t k = 0; k < length; k += Q6_COLUMNS) {
+                const uint8_t *sixteen = w + k / Q6_COLUMNS * Q6_BYTES + row * 4;
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    uint8x16_t tops = vld1q_u8(sixteen + Q6_TOPS + 16 * v);
+                    UNROLL for (size_t i = 0; i < 4; i++) {
+                        int8x16_t weights = join_q6_neon(vld1q_u8(sixteen + i / 2 * 4 * PANEL_ROWS + 16 * v), tops, i);
+                        UNROLL for (size_t t = 0; t < n; t++) {
+                            const int8_t *q = x[t].quants + first + k + 4 * i;
+                            sum[t][v] = add_byte_products_neon(sum[t][v], weights, broadcast_quants_neon(q));
+                        }
+                    }
+                }
+            }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    float *o = out + t * PANEL_ROWS + row + 4 * v;
+                    float32x4_t scale = vmulq_n_f32(vld1q_f32(scales + row + 4 * v), x[t].scales[first / K_BLOCK]);
+                    vst1q_f32(o, vfmaq_f32(vld1q_f32(o), vcvtq_f32_s32(sum[t][v]), scale));
+                }
+        }
+        panel = w + value_bytes(DTYPE_Q6, length);
+    }
+}
+
 NEON_PRODUCT(product_f32_neon)
 NEON_PRODUCT(product_bf16_neon)
 NEON_PRODUCT(product_f8_neon)
 NEON_PRODUCT(product_q8_neon)
 NEON_PRODUCT(product_q4_neon)
+NEON_PRODUCT(product_q6_neon)
 
 // ---- everything else
 
@@ -350,8 +394,8 @@ static void multiply_probe_neon(uint64_t rounds) { multiply_probe_portable(round
 static const struct Kernels neon_kernels = {
     .name = "neon",
     .product = {[DTYPE_F32] = product_f32_neon, [DTYPE_BF16] = product_bf16_neon, [DTYPE_F8] = product_f8_neon,
-                [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon},
-    .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4},
+                [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon, [DTYPE_Q6] = product_q6_neon},
+    .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4, [DTYPE_Q6] = unpack_q6},
     .multiply_unpacked = multiply_unpacked,
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_neon,
