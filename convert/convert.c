@@ -500,7 +500,7 @@ static bool make_head(const Options *options, Head *head, Failure *failure) {
 // ---------------------------------------------------------------------------------------------------------------- plan
 
 static const char *const role_names[ROLE_COUNT] = {
-    "embedding", "attention", "attention, kv_b", "dense feed-forward", "routed experts", "shared experts", "routers",
+    "embedding", "attention", "attention, kv", "attention, kv_b", "dense feed-forward", "routed experts", "shared experts", "routers",
     "norms and biases", "head", "MTP layer"};
 
 // How the rows of the source become the rows of a blob.
@@ -1615,7 +1615,7 @@ static const char usage[] =
     "Turns a Hugging Face checkpoint (safetensors) into one .r1 file, or makes one of random weights, to measure speed.\n"
     "\n"
     "  --type TYPE       source, f32, bf16, f8, q8, q6 or q4 (default q4). source keeps every tensor's own type;\n"
-    "                    q8 and q4 keep sensitive tensors at 8 bits or more\n"
+    "                    q8, q6 and q4 keep sensitive tensors at more bits\n"
     "  --layers N        only the first N layers, and no MTP layer\n"
     "  --tokenizer-only  a file without weights; needs only tokenizer.json and tokenizer_config.json\n"
     "  --synthetic SHAPE[:LAYERS]\n"

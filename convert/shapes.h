@@ -15,8 +15,8 @@
 
 // What a tensor is for; this decides its type.
 enum Role {
-    ROLE_EMBEDDING, ROLE_ATTENTION, ROLE_FACTOR /* of kv_b_proj */, ROLE_DENSE, ROLE_EXPERTS, ROLE_SHARED, ROLE_ROUTER,
-    ROLE_VECTOR, ROLE_HEAD, ROLE_MTP, ROLE_COUNT
+    ROLE_EMBEDDING, ROLE_ATTENTION, ROLE_KEYS /* and values */, ROLE_FACTOR /* of kv_b_proj */, ROLE_DENSE,
+    ROLE_EXPERTS, ROLE_SHARED, ROLE_ROUTER, ROLE_VECTOR, ROLE_HEAD, ROLE_MTP, ROLE_COUNT
 };
 
 struct ModelTensor {
@@ -57,7 +57,7 @@ static inline size_t list_layer(const struct ModelConfig *c, size_t layer, struc
         } else {
             MATRIX(ROLE_ATTENTION, query, hidden, "self_attn.q_proj.weight");
         }
-        MATRIX(ROLE_ATTENTION, lora + c->qk_rope_head_dim, hidden, "self_attn.kv_a_proj_with_mqa.weight");
+        MATRIX(ROLE_KEYS, lora + c->qk_rope_head_dim, hidden, "self_attn.kv_a_proj_with_mqa.weight");
         VECTOR(lora, "self_attn.kv_a_layernorm.weight");
         TENSOR(ROLE_FACTOR, heads, nope, lora, "self_attn.kv_b_proj.key");
         TENSOR(ROLE_FACTOR, heads, lora, nope, "self_attn.kv_b_proj.key_transposed");
@@ -66,8 +66,8 @@ static inline size_t list_layer(const struct ModelConfig *c, size_t layer, struc
     } else {
         uint64_t query = heads * c->head_dim, key = (uint64_t)c->num_key_value_heads * c->head_dim;
         MATRIX(ROLE_ATTENTION, query, hidden, "self_attn.q_proj.weight");
-        MATRIX(ROLE_ATTENTION, key, hidden, "self_attn.k_proj.weight");
-        MATRIX(ROLE_ATTENTION, key, hidden, "self_attn.v_proj.weight");
+        MATRIX(ROLE_KEYS, key, hidden, "self_attn.k_proj.weight");
+        MATRIX(ROLE_KEYS, key, hidden, "self_attn.v_proj.weight");
         MATRIX(ROLE_ATTENTION, hidden, query, "self_attn.o_proj.weight");
         if (c->attention_bias) {
             VECTOR(query, "self_attn.q_proj.bias");
@@ -109,7 +109,8 @@ static inline size_t list_model(const struct ModelConfig *c, struct ModelTensor 
 }
 
 // The type of a matrix by its role and the model's recipe; source: what it is in the checkpoint. --type q4 means the matrices
-// that make up the bulk of a model; the others stay at 8 bits, unless all are to be uniform.
+// that make up the bulk of a model; the others, which 4 bits harm more for their size, take 6, unless all are to be uniform.
+// docs/quality.md has the measurements.
 static inline uint32_t choose_dtype(const struct ModelConfig *c, bool uniform, enum Role role, uint32_t source) {
     uint32_t recipe = c->recipe;
     if (role == ROLE_VECTOR || role == ROLE_ROUTER) return DTYPE_F32;
@@ -124,7 +125,7 @@ static inline uint32_t choose_dtype(const struct ModelConfig *c, bool uniform, e
     }
     if (recipe == RECIPE_SOURCE) return source;
     bool bulk = role == ROLE_EXPERTS || (!c->n_routed_experts && (role == ROLE_ATTENTION || role == ROLE_DENSE));
-    return recipe == DTYPE_Q4 && !bulk && !uniform ? DTYPE_Q8 : recipe;
+    return recipe == DTYPE_Q4 && !bulk && !uniform ? DTYPE_Q6 : recipe;
 }
 
 // Leaves of a model its first layers alone.
