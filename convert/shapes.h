@@ -109,8 +109,8 @@ static inline size_t list_model(const struct ModelConfig *c, struct ModelTensor 
 }
 
 // The type of a matrix by its role and the model's recipe; source: what it is in the checkpoint. --type q4 means the matrices
-// that make up the bulk of a model; the others, which 4 bits harm more for their size, take 6, unless all are to be uniform.
-// docs/quality.md has the measurements.
+// that make up the bulk of a model; the others, which 4 bits harm more for their size, take 6, and what makes keys and values,
+// small and shared by many query heads, takes 8 in q6 as well, unless all are to be uniform. docs/quality.md has the measurements.
 static inline uint32_t choose_dtype(const struct ModelConfig *c, bool uniform, enum Role role, uint32_t source) {
     uint32_t recipe = c->recipe;
     if (role == ROLE_VECTOR || role == ROLE_ROUTER) return DTYPE_F32;
@@ -124,8 +124,10 @@ static inline uint32_t choose_dtype(const struct ModelConfig *c, bool uniform, e
         return dtype == DTYPE_F8 && c->v_head_dim % PANEL_ROWS ? DTYPE_F32 : dtype;
     }
     if (recipe == RECIPE_SOURCE) return source;
+    if (uniform || (recipe != DTYPE_Q4 && recipe != DTYPE_Q6)) return recipe;
+    if (role == ROLE_KEYS) return DTYPE_Q8;
     bool bulk = role == ROLE_EXPERTS || (!c->n_routed_experts && (role == ROLE_ATTENTION || role == ROLE_DENSE));
-    return recipe == DTYPE_Q4 && !bulk && !uniform ? DTYPE_Q6 : recipe;
+    return bulk ? recipe : DTYPE_Q6;
 }
 
 // Leaves of a model its first layers alone.
