@@ -711,7 +711,7 @@ static struct Model *model_open(const char *path, char *error) {
 #define TILE_TOKENS 8             // most tokens of one kernel call
 #define INLINE static inline __attribute__((always_inline))
 
-// One token's input of a matrix product. Integer weights (q8, q4) take the quantised form, float weights the values.
+// One token's input of a matrix product. Integer weights (q8, q4, q6) take the quantised form, float weights the values.
 struct Row {
     const float *values;          // [cols]
     const int8_t *quants;         // [cols]            values = quants * scales[column / 256]
@@ -732,7 +732,7 @@ typedef void PanelUnpacking(const uint8_t *panel, size_t cols, size_t first, siz
 struct Kernels {
     const char *name;
     PanelProduct *product[DTYPE_COUNT];   // by dtype
-    PanelUnpacking *unpack[DTYPE_COUNT];  // of q8 and q4
+    PanelUnpacking *unpack[DTYPE_COUNT];  // of q8, q4 and q6
     // out[t * stride + r] += sum over `depth` unpacked columns k of weight(r, k) * x[t](first + k), for any n.
     void (*multiply_unpacked)(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n,
                               float *out, size_t stride);
@@ -930,6 +930,26 @@ static void product_q4(const uint8_t *panel, size_t cols, const struct Row *x, s
     }
 }
 
+static void product_q6(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {
+    for (size_t t = 0; t < n; t++) {
+        const uint8_t *block = panel;
+        float sum[PANEL_ROWS] = {0};
+        for (size_t first = 0; first < cols; first += K_BLOCK) {
+            size_t length = min_size(K_BLOCK, cols - first);
+            const float *scales = (const float *)(const void *)block;             // [32]
+            const uint8_t *w = block + block_head_bytes(DTYPE_Q6, length);        // [length/16][384]
+            const int8_t *q = x[t].quants + first;
+            float x_scale = x[t].scales[first / K_BLOCK];
+            int32_t part[PANEL_ROWS] = {0};
+            for (size_t k = 0; k < length; k++)
+                for (size_t r = 0; r < PANEL_ROWS; r++) part[r] += q6_value(w, r, k) * q[k];
+            for (size_t r = 0; r < PANEL_ROWS; r++) sum[r] += (float)part[r] * (scales[r] * x_scale);
+            block = w + value_bytes(DTYPE_Q6, length);
+        }
+        memcpy(out + t * PANEL_ROWS, sum, sizeof sum);
+    }
+}
+
 // ---- products of many tokens
 
 static void unpack_q8(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
@@ -970,6 +990,20 @@ static void unpack_q4(const uint8_t *panel, size_t cols, size_t first, size_t de
             }
         }
         block = w + value_bytes(DTYPE_Q4, length);
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+static void unpack_q6(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
+    const uint8_t *block = panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        const uint8_t *w = block + block_head_bytes(DTYPE_Q6, length);
+        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
+        for (size_t k = 0; k < length; k++)
+            for (size_t r = 0; r < PANEL_ROWS; r++) bytes[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = (uint8_t)q6_value(w, r, k);
+        block = w + value_bytes(DTYPE_Q6, length);
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
     }
@@ -1152,8 +1186,8 @@ static void multiply_probe_portable(uint64_t rounds) {
 static const struct Kernels portable_kernels = {
     .name = "portable",
     .product = {[DTYPE_F32] = product_f32, [DTYPE_BF16] = product_bf16, [DTYPE_F8] = product_f8, [DTYPE_Q8] = product_q8,
-                [DTYPE_Q4] = product_q4},
-    .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4},
+                [DTYPE_Q4] = product_q4, [DTYPE_Q6] = product_q6},
+    .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4, [DTYPE_Q6] = unpack_q6},
     .multiply_unpacked = multiply_unpacked,
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_body,
@@ -1301,7 +1335,7 @@ struct Session {
     double *inverse_frequencies;  // [rope dim / 2]
     float rope_magnitude;         // factor of cos and sin
     float softmax_scale;
-    bool integer_weights;         // some matrix is q8 or q4: inputs are quantised too
+    bool integer_weights;         // some matrix is q8, q4 or q6: inputs are quantised too
     size_t expand_tokens;         // MLA: from this many tokens on, keys and values are expanded
 
     float *logits;                // [logits_rows][vocab]
@@ -1565,6 +1599,7 @@ static void read_row(const struct Matrix *m, size_t row, float *out) {
             case DTYPE_BF16: *value = float_from_bf16(((const uint16_t *)(const void *)w)[k / 2 * 2 * PANEL_ROWS + r * 2 + k % 2]); break;
             case DTYPE_F8: *value = scales[k / K_GROUP] * float_from_e4m3(w[at8]); break;
             case DTYPE_Q8: *value = scales[r] * (float)(int8_t)w[at8]; break;
+            case DTYPE_Q6: *value = scales[r] * (float)q6_value(w, r, k); break;
             default: {
                 uint8_t pair = w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4], sub = block[k / K_GROUP * PANEL_ROWS + r];
                 int table = Q4_TABLE[k % 8 < 4 ? pair & 15 : pair >> 4] + (sub & 1 ? Q4_SHIFT : 0);
@@ -3379,7 +3414,7 @@ static void open_bench_model(struct Bench *bench) {
     uint32_t type = type_name ? 0 : DTYPE_Q4;
     for (uint32_t dtype = DTYPE_F32; type_name && dtype < DTYPE_COUNT; dtype++)
         if (strcmp(type_name, dtype_name(dtype)) == 0) type = dtype;
-    if (!type) wrong_usage(command, "%s: unknown type \"%s\", expected f32, bf16, f8, q8 or q4", text, type_name);
+    if (!type) wrong_usage(command, "%s: unknown type \"%s\", expected f32, bf16, f8, q8, q6 or q4", text, type_name);
     if (command->layers > shape->config.num_hidden_layers)
         wrong_usage(command, "--layers %" PRIu64 ": %s has 1 to %u", command->layers, shape->name, shape->config.num_hidden_layers);
     char error[ERROR_BYTES];
@@ -4730,7 +4765,7 @@ static const struct CommandKind commands[] = {
     {"bench", BENCH, "[OPTION]... MODEL|SHAPE[:TYPE]", 1, 1, command_bench, true, "measure prefill and decode speed",
      "Measures tokens per second of MODEL, or of a known model's SHAPE filled with synthetic weights: no file is needed.\n"
      "SHAPE is r1, r1-distill-qwen-1.5b, -7b, -14b or -32b, r1-distill-llama-8b or -70b, r1-0528-qwen3-8b or\n"
-     "moonlight-16b-a3b; TYPE is f32, bf16, f8, q8 or q4 (default).\n\n"
+     "moonlight-16b-a3b; TYPE is f32, bf16, f8, q8, q6 or q4 (default).\n\n"
      "  r1 bench r1-distill-qwen-1.5b:q8\n"
      "  r1 bench r1 --layers 4 --prefill 128,512 --json"},
     {"perplexity", PERPLEXITY, "[OPTION]... MODEL [TEXT.txt]", 1, 2, command_perplexity, true, "measure how well a model predicts a text",

@@ -500,7 +500,7 @@ static bool make_head(const Options *options, Head *head, Failure *failure) {
 // ---------------------------------------------------------------------------------------------------------------- plan
 
 static const char *const role_names[ROLE_COUNT] = {
-    "embedding", "attention", "attention, kv_b", "dense feed-forward", "routed experts", "shared experts", "routers",
+    "embedding", "attention", "attention, kv", "attention, kv_b", "dense feed-forward", "routed experts", "shared experts", "routers",
     "norms and biases", "head", "MTP layer"};
 
 // How the rows of the source become the rows of a blob.
@@ -1614,8 +1614,8 @@ static const char usage[] =
     "       r1-convert --synthetic SHAPE[:LAYERS] OUT.r1 [options]\n"
     "Turns a Hugging Face checkpoint (safetensors) into one .r1 file, or makes one of random weights, to measure speed.\n"
     "\n"
-    "  --type TYPE       source, f32, bf16, f8, q8 or q4 (default q4). source keeps every tensor's own type;\n"
-    "                    q8 and q4 keep sensitive tensors at 8 bits or more\n"
+    "  --type TYPE       source, f32, bf16, f8, q8, q6 or q4 (default q4). source keeps every tensor's own type;\n"
+    "                    q8, q6 and q4 keep sensitive tensors at more bits\n"
     "  --layers N        only the first N layers, and no MTP layer\n"
     "  --tokenizer-only  a file without weights; needs only tokenizer.json and tokenizer_config.json\n"
     "  --synthetic SHAPE[:LAYERS]\n"
@@ -1657,7 +1657,7 @@ static int parse_shape(const char *text, Options *options) {
     if (options->tokenizer_only) return complain("--tokenizer-only makes no sense with --synthetic");
     if (options->layers) return complain("--layers does not go with --synthetic, which takes SHAPE:LAYERS");
     if (options->recipe == RECIPE_SOURCE) {
-        return complain("--type: random weights have no source; expected f32, bf16, f8, q8 or q4");
+        return complain("--type: random weights have no source; expected f32, bf16, f8, q8, q6 or q4");
     }
     const char *layers;
     options->shape = find_shape(text, &layers);
@@ -1705,7 +1705,7 @@ static int parse_options(int argc, char **argv, Options *options) {
                 if (strcmp(optarg, dtype_name(options->recipe)) == 0) break;
             }
             if (options->recipe == DTYPE_COUNT) {
-                return complain("--type: expected source, f32, bf16, f8, q8 or q4, got %s", optarg);
+                return complain("--type: expected source, f32, bf16, f8, q8, q6 or q4, got %s", optarg);
             }
             break;
         case OPTION_LAYERS:

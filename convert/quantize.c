@@ -1,6 +1,6 @@
-// Float rows -> panels of f32, bf16, f8, q8 and q4.
+// Float rows -> panels of f32, bf16, f8, q8, q6 and q4.
 //
-// Everything here gives the same bytes on every machine and for every thread count: the q4 search compares sums of
+// Everything here gives the same bytes on every machine and for every thread count: the searches compare sums of
 // integers, and what floating point remains runs in one fixed order.
 
 #include "quantize.h"
@@ -101,6 +101,57 @@ static float pack_q8_block(const float *values, size_t count, uint8_t *out) {
     for (size_t k = 0; k < count; k++) {
         int32_t code = round_to_int(values[k] * inverse);
         out[k / 4 * (PANEL_ROWS * 4) + k % 4] = (uint8_t)(int8_t)(code > 127 ? 127 : code < -127 ? -127 : code);
+    }
+    return scale;
+}
+
+// ------------------------------------------------------------------------------------------------------------------ q6
+//
+// A k-block of a row is scaled to 16-bit integers, tried with its largest weight at some places near the end of the codes, and
+// takes the scale xq / qq of the trial with the smallest error (see q4 below for the two sums), then the codes that are nearest
+// under that scale. The largest weight is tried on the negative side, which has one code more.
+
+#define Q6_FIRST_PLACE 25                     // of the largest weight: -25, -26 .. -36; beyond -32 it is clipped
+#define Q6_LAST_PLACE 36
+
+static inline int32_t clip_q6(int32_t value) { return value < -32 ? -32 : value > 31 ? 31 : value; }
+
+static float search_q6_block(const float *values, size_t count) {
+    uint32_t signed_largest = 0;
+    for (size_t k = 0; k < count; k++) {
+        uint32_t bits = float_to_bits(values[k]);
+        if ((bits & 0x7fffffff) > (signed_largest & 0x7fffffff)) signed_largest = bits;
+    }
+    float largest = bits_to_float(signed_largest);
+    if (!(fabsf(largest) > 1e-30f)) return 0.0f;
+    float factor = -32767.0f / largest, best = 0.0f, scale = 0.0f;
+    int16_t x[K_BLOCK];                       // the largest is -32767
+    for (size_t k = 0; k < count; k++) x[k] = (int16_t)round_to_int(values[k] * factor);
+    for (int32_t place = Q6_FIRST_PLACE; place <= Q6_LAST_PLACE; place++) {
+        int32_t xq = 0, qq = 0;
+        for (size_t k = 0; k < count; k++) {
+            int32_t q = clip_q6((x[k] * place + 0x4000) >> 15);
+            xq += x[k] * q;
+            qq += q * q;
+        }
+        float error = (float)xq * (float)xq;
+        if (error > best * (float)qq) {
+            best = error / (float)qq;
+            scale = (float)xq / (float)qq;
+        }
+    }
+    return scale / factor;
+}
+
+// One k-block of one row; w: the block's values, zero so far.
+static float pack_q6_block(const float *values, size_t count, size_t row, uint8_t *w) {
+    float scale = search_q6_block(values, count), inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
+    for (size_t k = 0; k < count; k++) {
+        unsigned code = (unsigned)(clip_q6(round_to_int(values[k] * inverse)) + Q6_ZERO);
+        uint8_t *sixteen = w + k / Q6_COLUMNS * Q6_BYTES;
+        size_t i = k % Q6_COLUMNS / 4, at = row * 4 + k % 4;
+        sixteen[i / 2 * 4 * PANEL_ROWS + at] |= (uint8_t)((code & 15) << i % 2 * 4);
+        sixteen[Q6_TOPS + at] |= (uint8_t)(code >> 4 << i * 2);
     }
     return scale;
 }
@@ -338,7 +389,7 @@ static void rotate_row(float *row, size_t cols) {
 
 void pack_panel(uint32_t dtype, float *rows, size_t row_count, size_t cols, uint8_t *panel, void *scratch) {
     memset(panel, 0, panel_bytes(dtype, cols));
-    if (dtype == DTYPE_Q8 || dtype == DTYPE_Q4) {
+    if (dtype == DTYPE_Q8 || dtype == DTYPE_Q4 || dtype == DTYPE_Q6) {
         for (size_t row = 0; row < row_count; row++) rotate_row(rows + row * cols, cols);
     }
     if (dtype == DTYPE_Q4) {
@@ -366,6 +417,9 @@ void pack_panel(uint32_t dtype, float *rows, size_t row_count, size_t cols, uint
                     uint16_t upper = float_to_bf16(values[k]);
                     memcpy(block + ((k / 2 * PANEL_ROWS + row) * 2 + k % 2) * 2, &upper, 2);
                 }
+            } else if (dtype == DTYPE_Q6) {
+                float scale = pack_q6_block(values, count, row, block + block_head_bytes(DTYPE_Q6, count));
+                memcpy(block + row * 4, &scale, 4);
             } else {
                 float scale = pack_q8_block(values, count, block + block_head_bytes(DTYPE_Q8, count) + row * 4);
                 memcpy(block + row * 4, &scale, 4);

@@ -32,8 +32,8 @@ static inline float magnitude_limit(uint32_t dtype) {
 // ---- panels
 
 // Packs row_count (1 to 32) rows of cols floats, one behind the other, into panel (panel_bytes(dtype, cols) bytes, all of
-// which are written). dtype is f32, bf16, q8 or q4; cols is a multiple of 32. For q8 and q4 the rows are rotated in place.
-// scratch has pack_scratch_bytes() bytes.
+// which are written). dtype is f32, bf16, q8, q4 or q6; cols is a multiple of 32. For q8, q4 and q6 the rows are rotated
+// in place. scratch has pack_scratch_bytes() bytes.
 void pack_panel(uint32_t dtype, float *rows, size_t row_count, size_t cols, uint8_t *panel, void *scratch);
 size_t pack_scratch_bytes(uint32_t dtype, size_t cols);
 

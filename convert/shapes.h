@@ -15,8 +15,8 @@
 
 // What a tensor is for; this decides its type.
 enum Role {
-    ROLE_EMBEDDING, ROLE_ATTENTION, ROLE_FACTOR /* of kv_b_proj */, ROLE_DENSE, ROLE_EXPERTS, ROLE_SHARED, ROLE_ROUTER,
-    ROLE_VECTOR, ROLE_HEAD, ROLE_MTP, ROLE_COUNT
+    ROLE_EMBEDDING, ROLE_ATTENTION, ROLE_KEYS /* and values */, ROLE_FACTOR /* of kv_b_proj */, ROLE_DENSE,
+    ROLE_EXPERTS, ROLE_SHARED, ROLE_ROUTER, ROLE_VECTOR, ROLE_HEAD, ROLE_MTP, ROLE_COUNT
 };
 
 struct ModelTensor {
@@ -57,7 +57,7 @@ static inline size_t list_layer(const struct ModelConfig *c, size_t layer, struc
         } else {
             MATRIX(ROLE_ATTENTION, query, hidden, "self_attn.q_proj.weight");
         }
-        MATRIX(ROLE_ATTENTION, lora + c->qk_rope_head_dim, hidden, "self_attn.kv_a_proj_with_mqa.weight");
+        MATRIX(ROLE_KEYS, lora + c->qk_rope_head_dim, hidden, "self_attn.kv_a_proj_with_mqa.weight");
         VECTOR(lora, "self_attn.kv_a_layernorm.weight");
         TENSOR(ROLE_FACTOR, heads, nope, lora, "self_attn.kv_b_proj.key");
         TENSOR(ROLE_FACTOR, heads, lora, nope, "self_attn.kv_b_proj.key_transposed");
@@ -66,8 +66,8 @@ static inline size_t list_layer(const struct ModelConfig *c, size_t layer, struc
     } else {
         uint64_t query = heads * c->head_dim, key = (uint64_t)c->num_key_value_heads * c->head_dim;
         MATRIX(ROLE_ATTENTION, query, hidden, "self_attn.q_proj.weight");
-        MATRIX(ROLE_ATTENTION, key, hidden, "self_attn.k_proj.weight");
-        MATRIX(ROLE_ATTENTION, key, hidden, "self_attn.v_proj.weight");
+        MATRIX(ROLE_KEYS, key, hidden, "self_attn.k_proj.weight");
+        MATRIX(ROLE_KEYS, key, hidden, "self_attn.v_proj.weight");
         MATRIX(ROLE_ATTENTION, hidden, query, "self_attn.o_proj.weight");
         if (c->attention_bias) {
             VECTOR(query, "self_attn.q_proj.bias");
@@ -109,7 +109,8 @@ static inline size_t list_model(const struct ModelConfig *c, struct ModelTensor 
 }
 
 // The type of a matrix by its role and the model's recipe; source: what it is in the checkpoint. --type q4 means the matrices
-// that make up the bulk of a model; the others stay at 8 bits, unless all are to be uniform.
+// that make up the bulk of a model; the others, which 4 bits harm more for their size, take 6, and what makes keys and values,
+// small and shared by many query heads, takes 8 in q6 as well, unless all are to be uniform. docs/quality.md has the measurements.
 static inline uint32_t choose_dtype(const struct ModelConfig *c, bool uniform, enum Role role, uint32_t source) {
     uint32_t recipe = c->recipe;
     if (role == ROLE_VECTOR || role == ROLE_ROUTER) return DTYPE_F32;
@@ -123,8 +124,10 @@ static inline uint32_t choose_dtype(const struct ModelConfig *c, bool uniform, e
         return dtype == DTYPE_F8 && c->v_head_dim % PANEL_ROWS ? DTYPE_F32 : dtype;
     }
     if (recipe == RECIPE_SOURCE) return source;
+    if (uniform || (recipe != DTYPE_Q4 && recipe != DTYPE_Q6)) return recipe;
+    if (role == ROLE_KEYS) return DTYPE_Q8;
     bool bulk = role == ROLE_EXPERTS || (!c->n_routed_experts && (role == ROLE_ATTENTION || role == ROLE_DENSE));
-    return recipe == DTYPE_Q4 && !bulk && !uniform ? DTYPE_Q8 : recipe;
+    return bulk ? recipe : DTYPE_Q6;
 }
 
 // Leaves of a model its first layers alone.
@@ -214,7 +217,7 @@ static inline struct ModelConfig shape_config(const struct Shape *shape, uint32_
 static const struct { uint64_t kept, set; } random_weights[DTYPE_COUNT] = {
     [DTYPE_F32] = {0x807fffff807fffff, 0x3c8000003c800000}, [DTYPE_BF16] = {0x807f807f807f807f, 0x3c803c803c803c80},
     [DTYPE_F8] = {0xfefefefefefefefe, 0x4040404040404040}, [DTYPE_Q8] = {UINT64_MAX, 0x0101010101010101},
-    [DTYPE_Q4] = {UINT64_MAX, 0}};
+    [DTYPE_Q4] = {UINT64_MAX, 0}, [DTYPE_Q6] = {UINT64_MAX, 0}};
 
 // Xorshift (Marsaglia 2003): fast, and good enough for weights. The state is never 0.
 static inline uint64_t random_word(uint64_t *state) {
@@ -238,7 +241,7 @@ static inline uint64_t panel_offset(const struct TensorEntry *entry, uint64_t bl
 }
 
 // The panel of a part that starts `offset` bytes into the tensor. The scales undo the deviation of evenly distributed codes:
-// 142 for f8, 73 for q8, 67 for q4's table.
+// 142 for f8, 73 for q8, 67 for q4's table, 18.5 for q6.
 static inline void fill_panel(const struct TensorEntry *entry, unsigned part, uint64_t offset, uint8_t *out) {
     uint32_t dtype = entry->dtype[part];
     uint64_t kept = random_weights[dtype].kept, set = random_weights[dtype].set;
@@ -254,6 +257,7 @@ static inline void fill_panel(const struct TensorEntry *entry, unsigned part, ui
             memset(block, 0, head);
             if (dtype == DTYPE_F8) fill_floats(block, length / K_GROUP, RANDOM_DEVIATION / 142.0f);
             if (dtype == DTYPE_Q8) fill_floats(block, PANEL_ROWS, RANDOM_DEVIATION / 73.0f);
+            if (dtype == DTYPE_Q6) fill_floats(block, PANEL_ROWS, RANDOM_DEVIATION / 18.5f);
         }
         for (uint64_t i = head; i < end; i += sizeof random) {
             uint64_t word = (random_word(&random) & kept) | set;

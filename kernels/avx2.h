@@ -305,6 +305,65 @@ AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const s
         _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_loadu_ps(out + i), _mm256_loadu_ps(row_scales + i % PANEL_ROWS)));
 }
 
+// The codes of 8 rows and four of 16 columns, the i-th ones: a nibble of `pairs` with two bits of `tops` above it.
+AVX2_INLINE __m256i join_q6_avx2(__m256i pairs, __m256i tops, const size_t i) {
+    __m256i nibbles = _mm256_and_si256(i % 2 ? _mm256_srli_epi16(pairs, 4) : pairs, _mm256_set1_epi8(15));
+    __m256i above = i == 0   ? _mm256_slli_epi16(tops, 4)
+                    : i == 1 ? _mm256_slli_epi16(tops, 2)
+                    : i == 2 ? tops
+                             : _mm256_srli_epi16(tops, 2);
+    return _mm256_or_si256(nibbles, _mm256_and_si256(above, _mm256_set1_epi8(0x30)));
+}
+
+// Codes are unsigned, 0 to 63: sums start at -32 times the sum of the token's quants, and the products of four of them with
+// quants fit in 16 bits.
+AVX2_INLINE void product_q6_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                      const size_t vectors, float *out, const bool vnni) {
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q6, length);     // [length/16][384]
+        for (size_t row = 0; row < PANEL_ROWS; row += 8 * vectors) {
+            __m256i sum[4][4];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++)
+                    sum[t][v] = _mm256_set1_epi32(-Q6_ZERO * x[t].block_sums[first / K_BLOCK]);
+            for (size_t k = 0; k < length; k += Q6_COLUMNS) {
+                const uint8_t *sixteen = w + k / Q6_COLUMNS * Q6_BYTES + row * 4;
+                for (size_t i = 0; row == 0 && i < Q6_BYTES; i += 128) prefetch_weights(sixteen + i);
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    __m256i tops = load_bytes_avx2(sixteen + Q6_TOPS + 32 * v);
+                    UNROLL for (size_t i = 0; i < 4; i += 2) {
+                        __m256i pairs = load_bytes_avx2(sixteen + i / 2 * 4 * PANEL_ROWS + 32 * v);
+                        __m256i low = join_q6_avx2(pairs, tops, i), high = join_q6_avx2(pairs, tops, i + 1);
+                        UNROLL for (size_t t = 0; t < n; t++) {
+                            const int8_t *quants = x[t].quants + first + k + 4 * i;
+                            __m256i q_low = broadcast_quants_avx2(quants), q_high = broadcast_quants_avx2(quants + 4);
+                            if (vnni) {
+                                sum[t][v] = add_byte_products_avx2(sum[t][v], low, q_low, true);
+                                sum[t][v] = add_byte_products_avx2(sum[t][v], high, q_high, true);
+                            } else {
+                                __m256i pair_sums =
+                                    _mm256_add_epi16(_mm256_maddubs_epi16(low, q_low), _mm256_maddubs_epi16(high, q_high));
+                                sum[t][v] = _mm256_add_epi32(sum[t][v], _mm256_madd_epi16(pair_sums, _mm256_set1_epi16(1)));
+                            }
+                        }
+                    }
+                }
+            }
+            UNROLL for (size_t t = 0; t < n; t++) {
+                __m256 x_scale = _mm256_set1_ps(x[t].scales[first / K_BLOCK]);
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    size_t r = row + 8 * v;
+                    add_scaled_avx2(out + t * PANEL_ROWS + r, sum[t][v],
+                                    _mm256_mul_ps(_mm256_loadu_ps(scales + r), x_scale), first == 0);
+                }
+            }
+        }
+        panel = w + value_bytes(DTYPE_Q6, length);
+    }
+}
+
 #define NO_MORE
 #define WITHOUT_VNNI , false
 #define WITH_VNNI , true
@@ -313,8 +372,10 @@ AVX2_PRODUCT(product_bf16_avx2, product_bf16_avx2_tile, NO_MORE)
 AVX2_PRODUCT(product_f8_avx2, product_f8_avx2_tile, NO_MORE)
 AVX2_PRODUCT(product_q8_avx2, product_q8_avx2_tile, WITHOUT_VNNI)
 AVX2_PRODUCT(product_q4_avx2, product_q4_avx2_tile, WITHOUT_VNNI)
+AVX2_PRODUCT(product_q6_avx2, product_q6_avx2_tile, WITHOUT_VNNI)
 AVX2_PRODUCT(product_q8_avxvnni, product_q8_avx2_tile, WITH_VNNI)
 AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, WITH_VNNI)
+AVX2_PRODUCT(product_q6_avxvnni, product_q6_avx2_tile, WITH_VNNI)
 
 // ---- products of many tokens
 // Unpacked weights are what they are, int8, for plain AVX2. For AVX-VNNI they have 128 added already.
@@ -406,6 +467,39 @@ AVX2 static void unpack_q4_avx2(const uint8_t *panel, size_t cols, size_t first,
 AVX2 static void unpack_q4_avxvnni(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                    float *scales) {
     unpack_q4_avx2_any(panel, cols, first, depth, bytes, scales, true);
+}
+
+AVX2_INLINE void unpack_q6_avx2_any(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                    float *scales, const bool vnni) {
+    const __m256i offset = _mm256_set1_epi8((char)((vnni ? 128 : 0) - Q6_ZERO));
+    const uint8_t *block =
+        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
+        block += block_head_bytes(DTYPE_Q6, length);
+        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
+            UNROLL for (size_t v = 0; v < 128; v += 32) {
+                __m256i tops = load_bytes_avx2(block + Q6_TOPS + v);
+                UNROLL for (size_t i = 0; i < 4; i++) {
+                    __m256i codes = join_q6_avx2(load_bytes_avx2(block + i / 2 * 4 * PANEL_ROWS + v), tops, i);
+                    uint8_t *four = bytes + (k + 4 * i) * PANEL_ROWS + v;
+                    _mm256_storeu_si256((__m256i *)(void *)four, _mm256_add_epi8(codes, offset));
+                }
+            }
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+AVX2 static void unpack_q6_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                float *scales) {
+    unpack_q6_avx2_any(panel, cols, first, depth, bytes, scales, false);
+}
+
+AVX2 static void unpack_q6_avxvnni(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                   float *scales) {
+    unpack_q6_avx2_any(panel, cols, first, depth, bytes, scales, true);
 }
 
 // ---- and their products
@@ -802,12 +896,12 @@ static bool has_avxvnni(void) {
     return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
 }
 
-#define AVX2_TABLE(table, q8, q4, unpacking_q8, unpacking_q4, multiplying, probe, macs)                                 \
+#define AVX2_TABLE(table, q8, q4, q6, unpacking_q8, unpacking_q4, unpacking_q6, multiplying, probe, macs)               \
     {                                                                                                                   \
         .name = table,                                                                                                  \
         .product = {[DTYPE_F32] = product_f32_avx2, [DTYPE_BF16] = product_bf16_avx2, [DTYPE_F8] = product_f8_avx2,     \
-                    [DTYPE_Q8] = q8, [DTYPE_Q4] = q4},                                                                  \
-        .unpack = {[DTYPE_Q8] = unpacking_q8, [DTYPE_Q4] = unpacking_q4},                                               \
+                    [DTYPE_Q8] = q8, [DTYPE_Q4] = q4, [DTYPE_Q6] = q6},                                                 \
+        .unpack = {[DTYPE_Q8] = unpacking_q8, [DTYPE_Q4] = unpacking_q4, [DTYPE_Q6] = unpacking_q6},                    \
         .multiply_unpacked = multiplying,                                                                               \
         .quantize_block = quantize_block_avx2,                                                                          \
         .rotate_columns = rotate_columns_avx2,                                                                          \
@@ -827,10 +921,11 @@ static bool has_avxvnni(void) {
         .macs_per_round = macs,                                                                                         \
     }
 
-static const struct Kernels avx2_kernels = AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2, unpack_q8, unpack_q4_avx2,
-                                                      multiply_unpacked_avx2, multiply_probe_avx2, 6 * 32);
+static const struct Kernels avx2_kernels =
+    AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2, product_q6_avx2, unpack_q8, unpack_q4_avx2, unpack_q6_avx2,
+               multiply_unpacked_avx2, multiply_probe_avx2, 6 * 32);
 static const struct Kernels avxvnni_kernels =
-    AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni, unpack_q8_avxvnni, unpack_q4_avxvnni,
-               multiply_unpacked_avxvnni, multiply_probe_avxvnni, 14 * 32);
+    AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni, product_q6_avxvnni, unpack_q8_avxvnni, unpack_q4_avxvnni,
+               unpack_q6_avxvnni, multiply_unpacked_avxvnni, multiply_probe_avxvnni, 14 * 32);
 
 #endif

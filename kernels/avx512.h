@@ -171,6 +171,54 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
     }
 }
 
+// The codes of 16 rows and four of 16 columns, the i-th ones: a nibble of `pairs` with two bits of `tops` above it.
+AVX512_INLINE __m512i join_q6_avx512(__m512i pairs, __m512i tops, const size_t i) {
+    __m512i nibbles = _mm512_and_si512(i % 2 ? _mm512_srli_epi32(pairs, 4) : pairs, _mm512_set1_epi8(15));
+    __m512i above = i == 0   ? _mm512_slli_epi32(tops, 4)
+                    : i == 1 ? _mm512_slli_epi32(tops, 2)
+                    : i == 2 ? tops
+                             : _mm512_srli_epi32(tops, 2);
+    return _mm512_ternarylogic_epi32(nibbles, above, _mm512_set1_epi8(0x30), 0xf8);     // nibbles | (above & 0x30)
+}
+
+// Codes are unsigned: accumulators start at -32 times the sum of the token's quants.
+AVX512_INLINE void product_q6_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                          float *out) {
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q6, length);     // [length/16][384]
+        __m512i sum[TILE_TOKENS][2];
+        UNROLL for (size_t t = 0; t < n; t++)
+            sum[t][0] = sum[t][1] = _mm512_set1_epi32(-Q6_ZERO * x[t].block_sums[first / K_BLOCK]);
+        for (size_t k = first; k < first + length; k += Q6_COLUMNS, w += Q6_BYTES) {
+            UNROLL for (size_t i = 0; i < Q6_BYTES; i += 128) prefetch_weights(w + i);
+            __m512i tops0 = _mm512_loadu_si512(w + Q6_TOPS), tops1 = _mm512_loadu_si512(w + Q6_TOPS + 64);
+            UNROLL for (size_t i = 0; i < 4; i++) {
+                const uint8_t *eight = w + i / 2 * 4 * PANEL_ROWS;
+                __m512i w0 = join_q6_avx512(_mm512_loadu_si512(eight), tops0, i);
+                __m512i w1 = join_q6_avx512(_mm512_loadu_si512(eight + 64), tops1, i);
+                UNROLL for (size_t t = 0; t < n; t++) {
+                    __m512i q = broadcast_quants_avx512(x[t].quants + k + 4 * i);
+                    sum[t][0] = add_byte_products_avx512(sum[t][0], w0, q);
+                    sum[t][1] = add_byte_products_avx512(sum[t][1], w1, q);
+                }
+            }
+        }
+        __m512 scale0 = _mm512_loadu_ps(scales), scale1 = _mm512_loadu_ps(scales + 16);
+        UNROLL for (size_t t = 0; t < n; t++) {
+            float *o = out + t * PANEL_ROWS;
+            __m512 x_scale = _mm512_set1_ps(x[t].scales[first / K_BLOCK]);
+            __m512 before0 = first ? _mm512_loadu_ps(o) : _mm512_setzero_ps();
+            __m512 before1 = first ? _mm512_loadu_ps(o + 16) : _mm512_setzero_ps();
+            _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][0]), _mm512_mul_ps(scale0, x_scale), before0));
+            _mm512_storeu_ps(o + 16,
+                             _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][1]), _mm512_mul_ps(scale1, x_scale), before1));
+        }
+        panel = w;
+    }
+}
+
 // Weights of two float vectors a column: 16 rows each.
 AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
                                            float *out) {
@@ -296,6 +344,7 @@ AVX512_PRODUCT(product_bf16_avx512)
 AVX512_PRODUCT(product_f8_avx512)
 AVX512_PRODUCT(product_q8_avx512)
 AVX512_PRODUCT(product_q4_avx512)
+AVX512_PRODUCT(product_q6_avx512)
 
 // ---- products of many tokens
 // Unpacked weights have 128 added already, so that the inner loop is dot products and loads alone.
@@ -374,6 +423,28 @@ AVX512 static void unpack_q4_avx512(const uint8_t *panel, size_t cols, size_t fi
                 }
             }
         block = w;
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+AVX512 static void unpack_q6_avx512(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                    float *scales) {
+    const __m512i offset = _mm512_set1_epi8(128 - Q6_ZERO);
+    const uint8_t *block =
+        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
+        block += block_head_bytes(DTYPE_Q6, length);
+        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
+            UNROLL for (size_t half = 0; half < 128; half += 64) {
+                __m512i tops = _mm512_loadu_si512(block + Q6_TOPS + half);
+                UNROLL for (size_t i = 0; i < 4; i++) {
+                    __m512i codes = join_q6_avx512(_mm512_loadu_si512(block + i / 2 * 4 * PANEL_ROWS + half), tops, i);
+                    _mm512_storeu_si512(bytes + (k + 4 * i) * PANEL_ROWS + half, _mm512_add_epi8(codes, offset));
+                }
+            }
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
     }
@@ -682,8 +753,8 @@ static void multiply_probe_avx512(uint64_t rounds) {
 static const struct Kernels avx512_kernels = {
     .name = "avx512",
     .product = {[DTYPE_F32] = product_f32_avx512, [DTYPE_BF16] = product_bf16_avx512, [DTYPE_F8] = product_f8_avx512,
-                [DTYPE_Q8] = product_q8_avx512, [DTYPE_Q4] = product_q4_avx512},
-    .unpack = {[DTYPE_Q8] = unpack_q8_avx512, [DTYPE_Q4] = unpack_q4_avx512},
+                [DTYPE_Q8] = product_q8_avx512, [DTYPE_Q4] = product_q4_avx512, [DTYPE_Q6] = product_q6_avx512},
+    .unpack = {[DTYPE_Q8] = unpack_q8_avx512, [DTYPE_Q4] = unpack_q4_avx512, [DTYPE_Q6] = unpack_q6_avx512},
     .multiply_unpacked = multiply_unpacked_avx512,
     .quantize_block = quantize_block_avx512,
     .rotate_columns = rotate_columns_avx512,

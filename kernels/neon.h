@@ -278,6 +278,49 @@ INLINE void product_q4_neon_tile(const uint8_t *panel, size_t cols, const struct
         vst1q_f32(out + i, vmulq_f32(vld1q_f32(out + i), vld1q_f32(row_scales + i % PANEL_ROWS)));
 }
 
+// Values of 4 rows and four of 16 columns, the i-th ones: a nibble of `pairs` with two bits of `tops` above it, less 32.
+INLINE int8x16_t join_q6_neon(uint8x16_t pairs, uint8x16_t tops, const size_t i) {
+    uint8x16_t nibbles = i % 2 ? vshrq_n_u8(pairs, 4) : vandq_u8(pairs, vdupq_n_u8(15));
+    uint8x16_t above = i == 0 ? vshlq_n_u8(tops, 4) : i == 1 ? vshlq_n_u8(tops, 2) : i == 2 ? tops : vshrq_n_u8(tops, 2);
+    uint8x16_t codes = vorrq_u8(nibbles, vandq_u8(above, vdupq_n_u8(0x30)));
+    return vsubq_s8(vreinterpretq_s8_u8(codes), vdupq_n_s8(Q6_ZERO));
+}
+
+INLINE void product_q6_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                 const size_t vectors, float *out, const bool dotprod) {
+    memset(out, 0, n * PANEL_ROWS * sizeof *out);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const float *scales = (const float *)(const void *)panel;          // [32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q6, length);     // [length/16][384]
+        for (size_t row = 0; row < PANEL_ROWS; row += 4 * vectors) {
+            int32x4_t sum[4][8];
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = vdupq_n_s32(0);
+            for (size_t k = 0; k < length; k += Q6_COLUMNS) {
+                const uint8_t *sixteen = w + k / Q6_COLUMNS * Q6_BYTES + row * 4;
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    uint8x16_t tops = vld1q_u8(sixteen + Q6_TOPS + 16 * v);
+                    UNROLL for (size_t i = 0; i < 4; i++) {
+                        int8x16_t weights = join_q6_neon(vld1q_u8(sixteen + i / 2 * 4 * PANEL_ROWS + 16 * v), tops, i);
+                        UNROLL for (size_t t = 0; t < n; t++) {
+                            const int8_t *q = x[t].quants + first + k + 4 * i;
+                            sum[t][v] = add_byte_products_neon(sum[t][v], weights, broadcast_quants_neon(q), dotprod);
+                        }
+                    }
+                }
+            }
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t v = 0; v < vectors; v++) {
+                    float *o = out + t * PANEL_ROWS + row + 4 * v;
+                    float32x4_t scale = vmulq_n_f32(vld1q_f32(scales + row + 4 * v), x[t].scales[first / K_BLOCK]);
+                    vst1q_f32(o, vfmaq_f32(vld1q_f32(o), vcvtq_f32_s32(sum[t][v]), scale));
+                }
+        }
+        panel = w + value_bytes(DTYPE_Q6, length);
+    }
+}
+
 #define NO_MORE
 #define WITHOUT_DOTPROD , false
 #define WITH_DOTPROD , true
@@ -286,8 +329,10 @@ NEON_PRODUCT(product_bf16_neon, product_bf16_neon_tile, NO_MORE)
 NEON_PRODUCT(product_f8_neon, product_f8_neon_tile, NO_MORE)
 NEON_PRODUCT(product_q8_widening, product_q8_neon_tile, WITHOUT_DOTPROD)
 NEON_PRODUCT(product_q4_widening, product_q4_neon_tile, WITHOUT_DOTPROD)
+NEON_PRODUCT(product_q6_widening, product_q6_neon_tile, WITHOUT_DOTPROD)
 NEON_PRODUCT(product_q8_dotprod, product_q8_neon_tile, WITH_DOTPROD)
 NEON_PRODUCT(product_q4_dotprod, product_q4_neon_tile, WITH_DOTPROD)
+NEON_PRODUCT(product_q6_dotprod, product_q6_neon_tile, WITH_DOTPROD)
 
 static void product_q8_neon(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {
     (best_products_neon == WIDENING ? product_q8_widening : product_q8_dotprod)(panel, cols, x, n, out);
@@ -295,6 +340,10 @@ static void product_q8_neon(const uint8_t *panel, size_t cols, const struct Row 
 
 static void product_q4_neon(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {
     (best_products_neon == WIDENING ? product_q4_widening : product_q4_dotprod)(panel, cols, x, n, out);
+}
+
+static void product_q6_neon(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {
+    (best_products_neon == WIDENING ? product_q6_widening : product_q6_dotprod)(panel, cols, x, n, out);
 }
 
 // ---- products of many tokens
@@ -327,6 +376,27 @@ static void unpack_q8_neon(const uint8_t *panel, size_t cols, size_t first, size
                 store_columns_neon(bytes + k * PANEL_ROWS, row, vld1q_s8(four), vld1q_s8(four + 4 * PANEL_ROWS));
             }
         block += block_head_bytes(DTYPE_Q8, length) + value_bytes(DTYPE_Q8, length);
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+static void unpack_q6_neon(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
+    const uint8_t *block =
+        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
+        block += block_head_bytes(DTYPE_Q6, length);
+        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
+            for (size_t row = 0; row < PANEL_ROWS; row += 4) {
+                uint8x16_t tops = vld1q_u8(block + Q6_TOPS + row * 4);
+                int8x16_t four[4];
+                UNROLL for (size_t i = 0; i < 4; i++)
+                    four[i] = join_q6_neon(vld1q_u8(block + i / 2 * 4 * PANEL_ROWS + row * 4), tops, i);
+                store_columns_neon(bytes + k * PANEL_ROWS, row, four[0], four[1]);
+                store_columns_neon(bytes + (k + 8) * PANEL_ROWS, row, four[2], four[3]);
+            }
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
     }
@@ -602,8 +672,8 @@ static void multiply_probe_neon(uint64_t rounds) {
 static const struct Kernels neon_kernels = {
     .name = "neon",
     .product = {[DTYPE_F32] = product_f32_neon, [DTYPE_BF16] = product_bf16_neon, [DTYPE_F8] = product_f8_neon,
-                [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon},
-    .unpack = {[DTYPE_Q8] = unpack_q8_neon, [DTYPE_Q4] = unpack_q4_neon},
+                [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon, [DTYPE_Q6] = product_q6_neon},
+    .unpack = {[DTYPE_Q8] = unpack_q8_neon, [DTYPE_Q4] = unpack_q4_neon, [DTYPE_Q6] = unpack_q6_neon},
     .multiply_unpacked = multiply_unpacked_neon,
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_neon,

@@ -77,7 +77,7 @@ static void fill_test_panel(uint32_t dtype, uint8_t *panel, size_t cols, enum Pa
         uint8_t *w = block + heads;
         if (dtype == DTYPE_F8)
             for (size_t i = 0; i < 8; i++) ((float *)(void *)block)[i] = filling == TINY ? 1 : next_float();
-        if (dtype == DTYPE_Q8)
+        if (dtype == DTYPE_Q8 || dtype == DTYPE_Q6)
             for (size_t r = 0; r < PANEL_ROWS; r++) ((float *)(void *)block)[r] = filling == TINY ? 1 : next_float();
         if (dtype == DTYPE_Q4)           // every byte in turn; EDGES: -128 and 127, the largest either way
             for (size_t i = 0; i < heads; i++)
@@ -114,6 +114,16 @@ static void fill_test_panel(uint32_t dtype, uint8_t *panel, size_t cols, enum Pa
                     w[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = (uint8_t)(zero ? 0 : q);
                     break;
                 }
+                case DTYPE_Q6: {         // EDGES: -32 and 31
+                    unsigned value = zero              ? Q6_ZERO
+                                     : filling == TINY ? (unsigned)next_integer(Q6_ZERO - 3, Q6_ZERO + 3)
+                                     : filling == EDGES ? (r & 1 ? 0 : 63)
+                                                        : next_bits() & 63;
+                    uint8_t *nibble = w + k / 16 * 384 + k % 16 / 8 * 4 * PANEL_ROWS + r * 4 + k % 4;
+                    *nibble |= (uint8_t)((value & 15) << k % 8 / 4 * 4);
+                    w[k / 16 * 384 + 8 * PANEL_ROWS + r * 4 + k % 4] |= (uint8_t)(value >> 4 << k % 16 / 4 * 2);
+                    break;
+                }
                 case DTYPE_Q4:           // two columns a byte: every byte is written twice
                     w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4] =
                         filling == EDGES ? (r & 1 ? 0x00 : 0xff) : (uint8_t)next_bits();
@@ -141,6 +151,12 @@ static double panel_weight(uint32_t dtype, const uint8_t *panel, size_t cols, si
         return (e4m3 & 0x80 ? -magnitude : magnitude) * scales[j / K_GROUP];
     }
     case DTYPE_Q8: return (double)scales[r] * (int8_t)w[j / 4 * 4 * PANEL_ROWS + r * 4 + j % 4];
+    case DTYPE_Q6: {
+        uint8_t pair = w[j / 16 * 384 + j % 16 / 8 * 4 * PANEL_ROWS + r * 4 + j % 4];
+        int nibble = j % 8 < 4 ? pair & 15 : pair >> 4;
+        int top = w[j / 16 * 384 + 8 * PANEL_ROWS + r * 4 + j % 4] >> j % 16 / 4 * 2 & 3;
+        return (double)scales[r] * (16 * top + nibble - 32);
+    }
     default: {
         uint8_t pair = w[j / 8 * 4 * PANEL_ROWS + r * 4 + j % 4], sub = block[j / K_GROUP * PANEL_ROWS + r];
         int value = Q4_TABLE[j % 8 < 4 ? pair & 15 : pair >> 4] + (sub & 1 ? Q4_SHIFT : 0);
@@ -179,7 +195,7 @@ static void free_row(struct Row row) {
 
 // A table's product of one dtype.
 static void test_product(const struct Kernels *table, uint32_t dtype, enum PanelContents filling) {
-    bool integer = dtype == DTYPE_Q8 || dtype == DTYPE_Q4;
+    bool integer = dtype >= DTYPE_Q8;
     for (size_t c = 0; c < COLS_COUNT; c++) {
         size_t cols = COLS[c], offset = c & 1 ? 32 : 0;       // panels are promised to be aligned to 32 bytes, not more
         uint8_t *panel = new_buffer(panel_bytes(dtype, cols), offset);
@@ -232,7 +248,7 @@ static void test_product(const struct Kernels *table, uint32_t dtype, enum Panel
 }
 
 // Unpacking and multiply_unpacked() of every table give what the portable ones give, to the bit within a k-block; of q8
-// that is what product() gives, of q4 nearly.
+// and q6 that is what product() gives, of q4 nearly.
 static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum PanelContents filling) {
     enum { TOKENS = 19, STRIDE = 3 * PANEL_ROWS };
     for (size_t c = 0; c < COLS_COUNT; c++) {
@@ -281,7 +297,7 @@ static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum Pane
                 table->multiply_unpacked(bytes, scales, cols, rows + t, 0, 1, alone, PANEL_ROWS);
                 EXPECT(same_bits(alone, together[t], PANEL_ROWS), "%zu columns: token %zu depends on its company", cols, t);
                 table->product[dtype](panel, cols, rows + t, 1, product);
-                if (dtype == DTYPE_Q8) {
+                if (dtype != DTYPE_Q4) {
                     EXPECT(same_bits(alone, product, PANEL_ROWS), "%zu columns: token %zu differs from product()", cols, t);
                     continue;
                 }

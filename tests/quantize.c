@@ -45,7 +45,7 @@ static double round_trip(uint32_t dtype, const float *rows, size_t row_count, si
 int main(void) {
     // 2^-8 / sqrt(12) and the like would be tighter; these bounds catch a wrong layout, scale, sign or rotation.
     static const struct { uint32_t dtype; double bound; } cases[] = {
-        {DTYPE_F32, 0}, {DTYPE_BF16, 0.003}, {DTYPE_Q8, 0.008}, {DTYPE_Q4, 0.075}};
+        {DTYPE_F32, 0}, {DTYPE_BF16, 0.003}, {DTYPE_Q8, 0.008}, {DTYPE_Q6, 0.03}, {DTYPE_Q4, 0.075}};
     static const size_t widths[] = {32, 64, 96, 224, 256, 288, 480, 1536};
     uint64_t state = 7;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)

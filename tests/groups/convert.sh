@@ -368,7 +368,7 @@ disk=$scratch/disk
 mkdir -p "$disk"
 if mount -t tmpfs -o size=256k none "$disk" 2>/dev/null; then
     rejects "a full disk" 1 'space|disk' "$convert" "$oracles/r1_fp8" "$disk/model.r1" --type source
-    rejects "a full disk, random weights" 1 'needs 1.2 GB.*disk has' "$convert" --synthetic $shape "$disk/model.r1"
+    rejects "a full disk, random weights" 1 'needs 1.1 GB.*disk has' "$convert" --synthetic $shape "$disk/model.r1"
     if [ -z "$(ls -A "$disk")" ]; then ok "a full disk: nothing is left"; else fail "a full disk: nothing is left" "$(ls -A "$disk")"; fi
     if mount -o remount,ro,size=64m "$disk" 2>/dev/null; then
         rejects "a read-only folder" 1 'read-only|cannot' "$convert" "$oracles/r1_fp8" "$disk/model.r1" --type source

@@ -9,7 +9,7 @@ bits() { # MODEL IDS OPTION...
 
 for name in r1_fp8 qwen2_bf16 llama_bf16; do
     tr -s ' \n' '\n\n' <"$(prompt $name)" | grep . | head -n 60 >"$scratch/short"
-    for choice in "f32 f32" "bf16 f16" "f8 f16" "q8 f16" "q8 q8" "q4 f16" "q4 q8"; do
+    for choice in "f32 f32" "bf16 f16" "f8 f16" "q8 f16" "q8 q8" "q6 f16" "q4 f16" "q4 q8"; do
         read -r type kv <<<"$choice"
         file=$(model $name "$type")
         # Beyond 16 tokens OpenBLAS takes part, in other pieces for 20 tokens than for 60.

@@ -36,7 +36,7 @@ done
 # questions, and docs/quality.md has their divergence.
 for name in $cases; do
     experts=$(expert_positions "$name")
-    for choice in "q8 f16" "q4 f16" "bf16 f16" "f8 q8" "q8 q8"; do
+    for choice in "q8 f16" "q6 f16" "q4 f16" "bf16 f16" "f8 q8" "q8 q8"; do
         read -r type kv <<<"$choice"
         if ! timeout 120 "$r1" logits "$(model "$name" "$type")" --ids "$(prompt "$name")" --greedy 48 --logits "$(logit_positions "$name")" \
             --argmax ${experts:+--experts "$experts"} --kv "$kv" >"$scratch/logits" 2>"$scratch/error"; then

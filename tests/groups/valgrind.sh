@@ -14,7 +14,7 @@ clean() {
 }
 
 small=$(model qwen3_tied q8)
-for type in source f32 bf16 f8 q8 q4; do clean "convert r1_fp8 to $type" "$convert" "$oracles/r1_fp8" "$scratch/valgrind.r1" --type $type -t 1 --force; done
+for type in source f32 bf16 f8 q8 q6 q4; do clean "convert r1_fp8 to $type" "$convert" "$oracles/r1_fp8" "$scratch/valgrind.r1" --type $type -t 1 --force; done
 clean "convert the demo" "$convert" demo "$scratch/valgrind.r1" --type q4 -t 1 --force
 clean "convert --dry-run" "$convert" demo "$scratch/valgrind.r1" --dry-run
 clean "convert a folder that is not there" "$convert" "$scratch/nowhere" "$scratch/valgrind.r1" --force
@@ -35,7 +35,7 @@ echo "1 + 1 = 2, 2 + 2 = 4." >"$scratch/text"
 awk '{ for (i = 1; i <= 40; i++) printf "%s ", $i; print "" }' "$(prompt r1_fp8)" >"$scratch/valgrind.ids"
 for isa in $(runnable_isas | grep -E '^(portable|avx2)$'); do
     clean "run, $isa" "$r1" run demo -t 1 --isa "$isa" -n 8 --seed 1 "2+2"
-    for type in source q8 q4; do
+    for type in source q8 q6 q4; do
         for kv in f32 f16 q8; do
             clean "logits, $isa, $type, $kv cache" "$r1" logits "$(model r1_fp8 $type)" -t 1 --isa "$isa" --kv $kv --ids "$scratch/valgrind.ids" --greedy 4 --argmax
         done
