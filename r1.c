@@ -4948,15 +4948,10 @@ static const struct CommandKind commands[] = {
     {"bench", BENCH, "[OPTION]... [MODEL|SHAPE[:TYPE]]", 0, 1, command_bench, true, "measure prefill and decode speed",
      "Measures tokens per second of MODEL, or of a known model's SHAPE filled with synthetic weights: no file is needed.\n"
      "SHAPE is r1, r1-distill-qwen-1.5b, -7b, -14b or -32b, r1-distill-llama-8b or -70b, r1-0528-qwen3-8b or\n"
-      "moonlight-16b-a3b; TYPE is f32, bf16, f8, q8, q6 or q4 (default).
-"
-      "Without either: a table of all shapes in q4 and q8 and the memory they need. In three minutes it measures what it
-"
-      "can of those that fit, and predicts the others from the limits of the machine.
-
-"
-      "  r1 bench
-"
+     "moonlight-16b-a3b; TYPE is f32, bf16, f8, q8, q6 or q4 (default).\n"
+     "Without either: a table of all shapes in q4 and q8 and the memory they need. In three minutes it measures what it\n"
+     "can of those that fit, and predicts the others from the limits of the machine.\n\n"
+     "  r1 bench\n"
      "  r1 bench r1-distill-qwen-1.5b:q8\n"
      "  r1 bench r1 --layers 4 --prefill 128,512 --json"},
     {"perplexity", PERPLEXITY, "[OPTION]... MODEL [TEXT.txt]", 1, 2, command_perplexity, true, "measure how well a model predicts a text",
