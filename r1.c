@@ -2821,6 +2821,7 @@ struct Command {
     size_t argument_count;
     uint64_t threads, batch, context;
     uint64_t cache;               // enum CacheType
+    bool copy;
     const char *isa;
     uint64_t max_tokens, top_k, seed, think_budget;
     double temperature, top_p, min_p;
@@ -2935,6 +2936,8 @@ static const struct Option options[] = {
      "threads (as many as there are physical cores)"},
     {"batch", 0, COMPUTING | INSPECT, OPTION_COUNT, FIELD(batch), 1, MAX_BATCH, NULL, "Machine", "N",
      "tokens of a prompt read at once (512; 2048 with experts)"},
+    {"copy", 0, COMPUTING, OPTION_FLAG, FIELD(copy), 0, 0, NULL, "Machine", NULL,
+     "copy the model's file into memory first, in 2 MB pages, instead of reading it in place"},
     {"kv", 0, COMPUTING | INSPECT, OPTION_WORD, FIELD(cache), 0, CACHE_Q8, cache_names, "Machine", "TYPE",
      "f32, f16 or q8: how the cache is kept (f16)"},
     {"isa", 0, COMPUTING, OPTION_TEXT, FIELD(isa), 0, 0, NULL, "Machine", "NAME",
@@ -3095,10 +3098,25 @@ static const char *const count_units[] = {"", "thousand", "million", "billion", 
 #define BYTES(value) format_amount((double)(value), byte_units, (char[32]){0}, 32)
 #define COUNT(value) format_amount((double)(value), count_units, (char[32]){0}, 32)
 
-static struct Model *open_model(const char *path, bool needs_weights) {
+// The same model in memory of its own, which the system can back with 2 MB pages; the file's mapping goes.
+static struct Model *copy_model(struct Model *model) {
+    uint64_t available = available_memory();
+    uint8_t *copy = available && model->size > available ? NULL : map_memory(model->size);
+    if (!copy) die("%s: a copy takes %s of memory, %s are available; leave --copy out", model->name, BYTES(model->size), BYTES(available));
+    memcpy(copy, model->bytes, model->size);
+    char error[ERROR_BYTES];
+    struct Model *moved = model_from_memory(copy, model->size, model->name, error);
+    if (!moved) die("%s", error);
+    moved->mapped = true;
+    model_close(model);
+    return moved;
+}
+
+static struct Model *open_model(const struct Command *command, const char *path, bool needs_weights) {
     char error[ERROR_BYTES];
     struct Model *model = model_open(path, error);
     if (!model) die("%s", error);
+    if (command->copy && model->mapped) model = copy_model(model);
     if (needs_weights && !model->has_weights) {
         model_close(model);
         die("%s: the file holds a tokenizer and no weights (it was made with --tokenizer-only)", path);
@@ -3429,7 +3447,7 @@ static void open_bench_model(struct Bench *bench) {
         if (access(text, F_OK) != 0 && strcmp(text, "demo") != 0 && !strchr(text, '/'))
             die("%s: neither a file nor a known shape (r1 bench --help lists the shapes)", text);
         double start = clock_seconds();
-        bench->model = open_model(text, true);
+        bench->model = open_model(command, text, true);
         bench->load_s = clock_seconds() - start;
         return;
     }
@@ -4058,7 +4076,7 @@ static int command_perplexity(struct Command *command) {
     const char *text = command->arguments[1];
     if (!text == !command->ids) wrong_usage(command, "expected either a text file or --ids FILE");
     if (command->save_base && command->kld) wrong_usage(command, "--save-base does not go with --kld");
-    struct Model *model = open_model(command->arguments[0], true);
+    struct Model *model = open_model(command, command->arguments[0], true);
     struct Windows windows = {0};
     if (text) read_text_windows(command, model, &windows);
     else read_ids_windows(command, model, &windows);
@@ -4465,7 +4483,7 @@ static int run_generation(const struct Command *command, const struct Model *mod
 // ====================================================================================================================
 
 static int command_run(struct Command *command) {
-    struct Model *model = open_model(command->arguments[0], true);
+    struct Model *model = open_model(command, command->arguments[0], true);
     need_tokenizer(model);
     const char *prompt = command->arguments[1];
     char *input = NULL;
@@ -4580,7 +4598,7 @@ static int command_tokenize(struct Command *command) {
         wrong_usage(command, "--decode does not go with --markup, --chat or --ids-only");
     if (command->chat && command->markup) wrong_usage(command, "--chat does not go with --markup");
     if (!isatty(STDOUT_FILENO)) command->ids_only = true;
-    struct Model *model = open_model(command->arguments[0], false);
+    struct Model *model = open_model(command, command->arguments[0], false);
     need_tokenizer(model);
     if (command->arguments[1]) {
         char *text = strdup(command->arguments[1]);
@@ -4693,7 +4711,7 @@ static int command_logits(struct Command *command) {
     if (!command->ids) wrong_usage(command, "--ids FILE is missing");
     if (!command->greedy && !command->argmax && !positions && !command->experts.count)
         wrong_usage(command, "nothing to print: give --greedy, --argmax, --logits or --experts");
-    struct Model *model = open_model(command->arguments[0], true);
+    struct Model *model = open_model(command, command->arguments[0], true);
     size_t bytes, layers = model->config.num_hidden_layers;
     char *text = read_file(command->ids, &bytes);
     TokenList sequence = {0};
@@ -4890,7 +4908,7 @@ static void verify_tensors(const struct Command *command, const struct Model *mo
 static int command_inspect(struct Command *command) {
     const char *path = command->arguments[0];
     if (!path) note(command, "no model given: this is the demo");
-    struct Model *model = open_model(path ? path : "demo", false);
+    struct Model *model = open_model(command, path ? path : "demo", false);
     if (command->verify) verify_tensors(command, model);
     struct Census census = count_tensors(model);
     struct SessionOptions options = {.logits_rows = 1, .cache = (enum CacheType)command->cache};

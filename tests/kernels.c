@@ -477,6 +477,44 @@ static void test_exponentials(const struct Kernels *table) {
     report(table->name, "exp_row, silu_multiply");
 }
 
+// What a q8 cache's blocks are made by, against a plain computation; the same bits as the portable table gives.
+static void test_cache_blocks(const struct Kernels *table) {
+    static const size_t counts[] = {32, 64, 128, 192, 256};
+    for (size_t c = 0; c < sizeof counts / sizeof *counts; c++) {
+        size_t rows = counts[c], key_bytes = panel_bytes(DTYPE_Q8, rows), value_bytes_all = rows / PANEL_ROWS * panel_bytes(DTYPE_Q8, K_BLOCK);
+        float *x = new_buffer(rows * PANEL_ROWS * sizeof *x, 0), scales[2][K_BLOCK] = {{0}};
+        uint8_t *keys[2], *values[2];
+        for (size_t i = 0; i < rows * PANEL_ROWS; i++) x[i] = next_float() * ldexpf(1, (int)(i % PANEL_ROWS) - 16);
+        for (size_t i = 0; i < rows; i++) x[i * PANEL_ROWS + 5] = 0, x[i * PANEL_ROWS + 6] = i == 3 ? INFINITY : 1, x[i * PANEL_ROWS + 7] = i ? 1 : NAN;
+        for (int i = 0; i < 2; i++) {
+            const struct Kernels *kernels = i ? table : &portable_kernels;
+            keys[i] = new_buffer(key_bytes, 0), values[i] = new_buffer(value_bytes_all, 0);
+            kernels->quantize_keys(x, rows, keys[i]);
+            kernels->quantize_values(x, rows, 96, scales[i], values[i]);
+        }
+        EXPECT(!memcmp(keys[0], keys[1], key_bytes), "quantize_keys of %zu rows differs from the portable one", rows);
+        EXPECT(!memcmp(values[0], values[1], value_bytes_all) && !memcmp(scales[0], scales[1], sizeof scales[0]),
+               "quantize_values of %zu rows differs from the portable one", rows);
+        for (size_t k = 0; k < rows; k++)
+            for (size_t r = 8; r < PANEL_ROWS; r++) {
+                double exact = x[k * PANEL_ROWS + r], key_scale = ((const float *)(const void *)keys[1])[r], value_scale = scales[1][96 + r];
+                double key = key_scale * (int8_t)keys[1][block_head_bytes(DTYPE_Q8, rows) + k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4];
+                const uint8_t *panel = values[1] + k / PANEL_ROWS * panel_bytes(DTYPE_Q8, K_BLOCK) + block_head_bytes(DTYPE_Q8, K_BLOCK);
+                double value = value_scale * (int8_t)panel[(96 + r) / 4 * 4 * PANEL_ROWS + k % PANEL_ROWS * 4 + (96 + r) % 4];
+                EXPECT(fabs(key - exact) <= 0.501 * key_scale, "quantize_keys, %zu rows: %.9g for %.9g", rows, key, exact);
+                EXPECT(fabs(value - exact) <= 0.501 * value_scale, "quantize_values, %zu rows: %.9g for %.9g", rows, value, exact);
+            }
+        free(x), free(keys[0]), free(keys[1]), free(values[0]), free(values[1]);
+    }
+    for (size_t n = 0; n < 300; n++) {
+        float *x = new_buffer(n * sizeof *x, 0), largest = -INFINITY;
+        for (size_t i = 0; i < n; i++) x[i] = next_float() - 2, largest = fmaxf(largest, x[i]);
+        EXPECT(table->find_maximum(x, n) == largest, "find_maximum of %zu is not %.9g", n, (double)largest);
+        free(x);
+    }
+    report(table->name, "quantize_keys, quantize_values, find_maximum");
+}
+
 static void test_conversions(const struct Kernels *table) {
     enum { ALL = 65536 };
     static uint16_t half[ALL], back[ALL];
@@ -534,6 +572,7 @@ int main(int argc, char **argv) {
         test_rotate_columns(list[i]);
         test_attention(list[i]);
         test_exponentials(list[i]);
+        test_cache_blocks(list[i]);
         test_conversions(list[i]);
     }
     return any_failed;
