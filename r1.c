@@ -135,8 +135,8 @@ struct Team {
     _Alignas(64) atomic_uint job_number;   // counts up with every job posted
     _Alignas(64) atomic_uint arrived;      // threads at the barrier
     _Alignas(64) atomic_uint epoch;        // barriers passed
-    _Alignas(64) atomic_size_t next_item;  // the next item to hand out; every barrier sets it to 0
     _Alignas(64) atomic_bool ended;
+    struct { _Alignas(64) atomic_uint_least64_t next; } shares[MAX_THREADS];   // of each thread: see share_items()
 };
 
 static inline void spin_pause(void) {
@@ -161,7 +161,6 @@ static void team_barrier(struct Team *team) {
     unsigned epoch = atomic_load_explicit(&team->epoch, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) + 1 == (unsigned)team->threads) {
         atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&team->next_item, 0, memory_order_relaxed);
         atomic_store_explicit(&team->epoch, epoch + 1, memory_order_release);
     } else {
         wait_for_change(team, &team->epoch, epoch);
@@ -172,7 +171,6 @@ static void team_barrier(struct Team *team) {
 static void team_run(struct Team *team, void (*job)(void *argument, int thread), void *argument) {
     team->job = job;
     team->argument = argument;
-    atomic_store_explicit(&team->next_item, 0, memory_order_relaxed);
     atomic_fetch_add_explicit(&team->job_number, 1, memory_order_release);
     job(argument, 0);
     team_barrier(team);
@@ -191,6 +189,38 @@ static void team_work(struct Team *team, int thread) {
 static void static_share(const struct Team *team, int thread, size_t items, size_t *first, size_t *end) {
     *first = items * (size_t)thread / (size_t)team->threads;
     *end = items * ((size_t)thread + 1) / (size_t)team->threads;
+}
+
+// The items of a step as a thread takes them: its own share in order, so that it reads memory as one stream, and then what
+// the others have not got to yet, since a thread whose processor is taken away for a while must not keep all waiting.
+// A counter holds the number of the step (the team's epoch) in its upper half and the next item in its lower one, and is set
+// for a step by whoever looks at it first.
+struct Items {
+    struct Team *team;
+    int owner, left;              // whose share is being worked off, and how many shares are left
+    size_t count;
+    uint64_t step;
+};
+
+// `count` items, below 2^32, dealt out among the threads. Between two steps there must be a barrier.
+static struct Items share_items(struct Team *team, int thread, size_t count) {
+    uint64_t epoch = atomic_load_explicit(&team->epoch, memory_order_relaxed);
+    return (struct Items){.team = team, .owner = thread, .left = team->threads, .count = count, .step = epoch << 32};
+}
+
+// The next item in *item; false when there are no more.
+static bool next_item(struct Items *items, size_t *item) {
+    for (; items->left; items->left--, items->owner = (items->owner + 1) % items->team->threads) {
+        atomic_uint_least64_t *next = &items->team->shares[items->owner].next;
+        size_t first, end;
+        static_share(items->team, items->owner, items->count, &first, &end);
+        uint_least64_t seen = atomic_load_explicit(next, memory_order_relaxed);
+        if (seen >> 32 != items->step >> 32)
+            atomic_compare_exchange_strong_explicit(next, &seen, items->step | first, memory_order_relaxed, memory_order_relaxed);
+        *item = (uint32_t)atomic_fetch_add_explicit(next, 1, memory_order_relaxed);
+        if (*item < end) return true;
+    }
+    return false;
 }
 
 // The processors to run on, one a physical core, from the ones this process may use. Returns how many.
@@ -243,6 +273,7 @@ static void pin_thread(int cpu) {
 static int team_start(struct Team *team, int threads, int (*main_function)(void *argument), void *argument) {
     int status = 0;
     team->threads = threads;
+    atomic_store(&team->epoch, 1);   // no counter of items is of this step yet
     openblas_set_num_threads(1);   // OpenBLAS is called from inside our own threads, one at a time each
     omp_set_dynamic(0);
     int cpus[MAX_THREADS], cores = list_physical_cores(cpus, MAX_THREADS);
@@ -1653,25 +1684,6 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
     }
 }
 
-// The items of a step that are this thread's: a fixed share when tokens are few and every item takes equally long, else
-// from a common counter.
-struct Items {
-    atomic_size_t *counter;       // NULL: a fixed share
-    size_t next, end;
-};
-
-static struct Items share_items(const struct Session *s, int thread, size_t count) {
-    struct Items items = {.counter = s->n > EXACT_TOKENS ? &s->team->next_item : NULL, .end = count};
-    if (!items.counter) static_share(s->team, thread, count, &items.next, &items.end);
-    return items;
-}
-
-// The next item of this thread in *item; false at the end. Between two steps there must be a barrier.
-static bool next_item(struct Items *items, size_t *item) {
-    *item = items->counter ? atomic_fetch_add_explicit(items->counter, 1, memory_order_relaxed) : items->next++;
-    return *item < items->end;
-}
-
 // One of the products of a step: out[t][row] (= or +=) matrix * x[t] (+ bias).
 struct Product {
     const struct Matrix *matrix;
@@ -1705,7 +1717,7 @@ static void multiply(struct Session *s, int thread, const struct Product *produc
     struct Worker *worker = &s->workers[thread];
     size_t total = 0, width = panels_per_item(n), item;
     for (size_t i = 0; i < count; i++) total += ceil_div(panel_count(products[i].matrix), width);
-    struct Items items = share_items(s, thread, total);
+    struct Items items = share_items(s->team, thread, total);
     while (next_item(&items, &item)) {
         const struct Product *product = products;
         size_t first = item;
@@ -2078,7 +2090,7 @@ static void attend_cache(const struct Session *s, struct Worker *w, const struct
 // its last bits depend on the size of the piece, which so must not depend on the number of threads.
 #define GEMM_PIECES 64
 static void choose_piece(const struct Session *s, size_t cache_heads_count, size_t heads, size_t *piece_tokens, size_t *piece_heads) {
-    size_t least_pieces = s->n > EXACT_TOKENS ? GEMM_PIECES : 2 * (size_t)s->team->threads;
+    size_t least_pieces = s->n > EXACT_TOKENS ? GEMM_PIECES : (size_t)s->team->threads;
     *piece_heads = min_size(heads, ATTENTION_QUERIES);
     *piece_tokens = min_size(s->n, ATTENTION_QUERIES / *piece_heads);
     while (cache_heads_count * ceil_div(heads, *piece_heads) * ceil_div(s->n, *piece_tokens) < least_pieces) {
@@ -2114,7 +2126,7 @@ static void attend_gqa(struct Session *s, int thread, size_t layer) {
     size_t piece_tokens, piece_heads, item;
     choose_piece(s, kv_heads, group, &piece_tokens, &piece_heads);
     size_t token_pieces = ceil_div(s->n, piece_tokens), head_pieces = ceil_div(group, piece_heads);
-    struct Items items = share_items(s, thread, kv_heads * head_pieces * token_pieces);
+    struct Items items = share_items(s->team, thread, kv_heads * head_pieces * token_pieces);
     while (next_item(&items, &item)) {
         size_t kv_head = item / token_pieces / head_pieces, first_token = item % token_pieces * piece_tokens;
         size_t first_head = item / token_pieces % head_pieces * piece_heads;
@@ -2190,7 +2202,7 @@ static void attend_mla_absorbed(struct Session *s, int thread, size_t layer) {
     size_t piece_tokens, piece_heads, item;
     choose_piece(s, 1, heads, &piece_tokens, &piece_heads);
     size_t token_pieces = ceil_div(s->n, piece_tokens), head_pieces = ceil_div(heads, piece_heads);
-    struct Items items = share_items(s, thread, head_pieces * token_pieces);
+    struct Items items = share_items(s->team, thread, head_pieces * token_pieces);
     while (next_item(&items, &item)) {
         size_t first_token = item % token_pieces * piece_tokens, first_head = item / token_pieces * piece_heads;
         size_t tokens = min_size(piece_tokens, s->n - first_token), own_heads = min_size(piece_heads, heads - first_head);
@@ -2289,7 +2301,7 @@ static void attend_mla_q8(struct Session *s, int thread, size_t layer) {
     const struct Layer *l = &s->model->layers[layer];
     struct Worker *w = &s->workers[thread];
     size_t heads = c->num_attention_heads, nope = c->qk_nope_head_dim, dim = query_dim(c), value = c->v_head_dim, h;
-    struct Items items = share_items(s, thread, heads);
+    struct Items items = share_items(s->team, thread, heads);
     while (next_item(&items, &h)) {
         struct Matrix key = blob_matrix(&l->key, 0, h), up = blob_matrix(&l->value, 0, h);
         quantize_factors(s, w, &key, &up);
@@ -2323,7 +2335,7 @@ static void attend_mla_expanded(struct Session *s, int thread, size_t layer) {
     size_t heads = c->num_attention_heads, lora = c->kv_lora_rank, nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim;
     size_t dim = query_dim(c), row = cache_key_dim(c), value = c->v_head_dim, h;
     size_t nope_width = align_up(nope, PANEL_ROWS), value_width = align_up(value, PANEL_ROWS);
-    struct Items items = share_items(s, thread, heads);
+    struct Items items = share_items(s->team, thread, heads);
     while (next_item(&items, &h)) {
         struct Matrix key = blob_matrix(&l->key, 0, h), up = blob_matrix(&l->value, 0, h);
         expand_factor(&key, w->key_factor);
@@ -2491,7 +2503,7 @@ static void run_gate_up(struct Session *s, int thread) {
     bool many = s->n > EXACT_TOKENS;
     size_t total = 0, item;
     for (size_t j = 0; j < s->job_count; j++) total += count_gate_up_items(s, &s->jobs[j]);
-    struct Items items = share_items(s, thread, total);
+    struct Items items = share_items(s->team, thread, total);
     while (next_item(&items, &item)) {
         const struct FeedForwardJob *job = s->jobs;
         for (size_t here; item >= (here = count_gate_up_items(s, job)); item -= here) job++;
@@ -2526,7 +2538,7 @@ static void run_down(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
     size_t hidden = s->model->config.hidden_size, panels_in_all = ceil_div(hidden, PANEL_ROWS), item;
     size_t width = panels_per_item(s->n);
-    struct Items items = share_items(s, thread, ceil_div(panels_in_all, width));
+    struct Items items = share_items(s->team, thread, ceil_div(panels_in_all, width));
     while (next_item(&items, &item)) {
         size_t panels = min_size(width, panels_in_all - item * width), columns = panels * PANEL_ROWS;
         size_t first_row = item * width * PANEL_ROWS, rows = min_size(columns, hidden - first_row);
@@ -3741,9 +3753,9 @@ static void score_row(const struct Evaluation *e, size_t row) {
 }
 
 static void score_rows_job(void *argument, int thread) {
-    (void)thread;
     struct Evaluation *e = argument;
-    for (size_t row; (row = atomic_fetch_add_explicit(&e->session->team->next_item, 1, memory_order_relaxed)) < e->rows;) score_row(e, row);
+    struct Items items = share_items(e->session->team, thread, e->rows);
+    for (size_t row; next_item(&items, &row);) score_row(e, row);
 }
 
 // Scores the positions at hand, and reads or writes the base's rows of them.

@@ -46,6 +46,7 @@ AVX2_INLINE __m256 broadcast_pair_avx2(const float *pair) {
 }
 
 AVX2_INLINE __m256i load_bytes_avx2(const void *bytes) { return _mm256_loadu_si256((const __m256i *)bytes); }
+AVX2_INLINE void store_bytes_avx2(void *bytes, __m256i vector) { _mm256_storeu_si256((__m256i *)bytes, vector); }
 
 // The sums of the lanes of four vectors.
 AVX2_INLINE __m128 sum_lanes_avx2(__m256 a, __m256 b, __m256 c, __m256 d) {
@@ -148,8 +149,8 @@ AVX2_INLINE void product_f8_avx2_tile(const uint8_t *panel, size_t cols, const s
                 UNROLL for (size_t v = 0; v < 4; v++) {
                     __m256i codes = load_bytes_avx2(w + 32 * v);
                     __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 1), odd = _mm256_srai_epi16(codes, 1);
-                    _mm256_storeu_si256((__m256i *)(void *)(halves + i + 16 * v), _mm256_and_si256(even, half_bits));
-                    _mm256_storeu_si256((__m256i *)(void *)(halves + i + 64 + 16 * v), _mm256_and_si256(odd, half_bits));
+                    store_bytes_avx2(halves + i + 16 * v, _mm256_and_si256(even, half_bits));
+                    store_bytes_avx2(halves + i + 64 + 16 * v, _mm256_and_si256(odd, half_bits));
                 }
             }
             float values[4][K_GROUP] __attribute__((aligned(64))); // columns 0, 2, 1, 3 of each four
@@ -377,27 +378,232 @@ AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, WITH_VNNI)
 AVX2_PRODUCT(product_q6_avxvnni, product_q6_avx2_tile, WITH_VNNI)
 
 // ---- products of many tokens
+// Unpacked weights are what they are, int8, for plain AVX2. For AVX-VNNI they have 128 added already.
 
-AVX2 static void unpack_q6_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+AVX2 static void unpack_q8_avxvnni(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                   float *scales) {
+    const __m256i flip = _mm256_set1_epi8((char)0x80);
+    const uint8_t *block =
+        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
+        block += block_head_bytes(DTYPE_Q8, length);
+        for (size_t i = 0; i < length * PANEL_ROWS; i += 32)
+            store_bytes_avx2(bytes + i, _mm256_xor_si256(load_bytes_avx2(block + i), flip));
+        block += value_bytes(DTYPE_Q8, length);
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+// Values of 8 rows and four columns times their rows' ratios, rounded. A row's ratio stands in both halves of its lane:
+// even and odd bytes are multiplied as 16-bit numbers.
+AVX2_INLINE __m256i scale_q4_avx2(__m256i values, __m256i ratios) {
+    __m256i even = _mm256_mulhrs_epi16(_mm256_srai_epi16(_mm256_slli_epi16(values, 8), 8), ratios);
+    __m256i odd = _mm256_mulhrs_epi16(_mm256_srai_epi16(values, 8), ratios);
+    return _mm256_blendv_epi8(even, _mm256_slli_epi16(odd, 8), _mm256_set1_epi16((int16_t)0xff00));
+}
+
+AVX2_INLINE void unpack_q4_avx2_any(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                    float *scales, const bool vnni) {
+    const __m256i flip = vnni ? _mm256_set1_epi8((char)0x80) : _mm256_setzero_si256();
+    const __m128i signed_table = _mm_loadu_si128((const __m128i *)(const void *)Q4_TABLE);
+    const __m256i table = _mm256_broadcastsi128_si256(signed_table), nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi32(1);
+    const float *row_scales = (const float *)(const void *)panel;          // [32]
+    const uint8_t *block = panel + panel_head_bytes(DTYPE_Q4) +
+                           first / K_BLOCK * (block_head_bytes(DTYPE_Q4, K_BLOCK) + value_bytes(DTYPE_Q4, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start), groups = length / K_GROUP;
+        const uint8_t *w = block + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
+        __m256i largest = _mm256_setzero_si256();
+        for (size_t g = 0; g < groups; g++) {
+            __m256i sub = _mm256_and_si256(load_bytes_avx2(block + g * PANEL_ROWS), _mm256_set1_epi8((char)0xfe));
+            largest = _mm256_max_epu8(largest, _mm256_abs_epi8(sub));
+        }
+        uint8_t row_largest[PANEL_ROWS];
+        store_bytes_avx2(row_largest, largest);
+        __m256 inverse[4];
+        UNROLL for (size_t v = 0; v < 4; v++) {
+            __m128i eight = _mm_loadl_epi64((const __m128i *)(const void *)(row_largest + 8 * v));
+            __m256 whole = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
+            __m256 used = _mm256_cmp_ps(whole, _mm256_setzero_ps(), _CMP_GT_OQ);
+            inverse[v] = _mm256_and_ps(used, _mm256_div_ps(_mm256_set1_ps(32767.0f), whole));
+            _mm256_storeu_ps(scales + 8 * v, _mm256_mul_ps(_mm256_loadu_ps(row_scales + 8 * v), whole));
+        }
+        for (size_t g = 0; g < groups; g++)
+            UNROLL for (size_t v = 0; v < 4; v++) {
+                const void *sub_bytes = block + g * PANEL_ROWS + 8 * v;
+                __m256i sub = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)sub_bytes));
+                __m256i shifted = _mm256_cmpeq_epi32(_mm256_and_si256(sub, one), one);
+                __m256i shift = _mm256_and_si256(shifted, _mm256_set1_epi8(Q4_SHIFT));
+                __m256 scale = _mm256_cvtepi32_ps(_mm256_andnot_si256(one, sub));
+                __m256i ratios = _mm256_cvtps_epi32(_mm256_mul_ps(scale, inverse[v]));
+                ratios = _mm256_blend_epi16(ratios, _mm256_slli_epi32(ratios, 16), 0xaa);
+                for (size_t k = g * K_GROUP; k < (g + 1) * K_GROUP; k += 8) {
+                    const uint8_t *eight = w + k * PANEL_ROWS / 2 + 32 * v;
+                    if (v == 0) prefetch_weights(eight);
+                    __m256i pairs = load_bytes_avx2(eight);
+                    __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(pairs, nibble));
+                    __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble));
+                    low = scale_q4_avx2(_mm256_add_epi8(low, shift), ratios);
+                    high = scale_q4_avx2(_mm256_add_epi8(high, shift), ratios);
+                    uint8_t *out = bytes + k * PANEL_ROWS + 32 * v;
+                    store_bytes_avx2(out, _mm256_xor_si256(low, flip));
+                    store_bytes_avx2(out + 4 * PANEL_ROWS, _mm256_xor_si256(high, flip));
+                }
+            }
+        block = w + value_bytes(DTYPE_Q4, length);
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
+AVX2 static void unpack_q4_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                 float *scales) {
-    const __m256i offset = _mm256_set1_epi8(-Q6_ZERO);
+    unpack_q4_avx2_any(panel, cols, first, depth, bytes, scales, false);
+}
+
+AVX2 static void unpack_q4_avxvnni(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                   float *scales) {
+    unpack_q4_avx2_any(panel, cols, first, depth, bytes, scales, true);
+}
+
+AVX2_INLINE void unpack_q6_avx2_any(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                    float *scales, const bool vnni) {
+    const __m256i offset = _mm256_set1_epi8(vnni ? 128 - Q6_ZERO : -Q6_ZERO);
     const uint8_t *block =
         panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
         block += block_head_bytes(DTYPE_Q6, length);
-        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
+        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES) {
+            UNROLL for (size_t i = 0; i < Q6_BYTES; i += 128) prefetch_weights(block + i);
             UNROLL for (size_t v = 0; v < 128; v += 32) {
                 __m256i tops = load_bytes_avx2(block + Q6_TOPS + v);
                 UNROLL for (size_t i = 0; i < 4; i++) {
                     __m256i codes = join_q6_avx2(load_bytes_avx2(block + i / 2 * 4 * PANEL_ROWS + v), tops, i);
-                    uint8_t *four = bytes + (k + 4 * i) * PANEL_ROWS + v;
-                    _mm256_storeu_si256((__m256i *)(void *)four, _mm256_add_epi8(codes, offset));
+                    store_bytes_avx2(bytes + (k + 4 * i) * PANEL_ROWS + v, _mm256_add_epi8(codes, offset));
                 }
             }
+        }
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
+    }
+}
+
+AVX2 static void unpack_q6_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                float *scales) {
+    unpack_q6_avx2_any(panel, cols, first, depth, bytes, scales, false);
+}
+
+AVX2 static void unpack_q6_avxvnni(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
+                                   float *scales) {
+    unpack_q6_avx2_any(panel, cols, first, depth, bytes, scales, true);
+}
+
+// ---- and their products
+
+// sum + the products of four pairs of bytes in each lane: magnitudes of weights and quants that have the weights' signs.
+AVX2_INLINE __m256i add_signed_products_avx2(__m256i sum, __m256i magnitudes, __m256i quants) {
+    __m256i pairs = _mm256_maddubs_epi16(magnitudes, quants);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// Prepares a k-block of int8 weights, [length/4][32][4], for plain AVX2: split is [length/4][magnitudes, masks][32][4], a
+// mask being -1 where the weight is negative. Flipping a quant's bits by the mask makes q or -q - 1 of it, in one operation
+// that any vector unit does, while the instruction that gives it a weight's sign competes with the multiplications. Each
+// row's sum lacks the magnitudes of its negative weights then: lacking, [32], which the sums start from.
+AVX2_INLINE void split_signs_avx2(const uint8_t *w, size_t length, uint8_t *split, int32_t *lacking) {
+    __m256i sum[4];
+    UNROLL for (size_t v = 0; v < 4; v++) sum[v] = _mm256_setzero_si256();
+    for (size_t k = 0; k < length; k += 4, w += 4 * PANEL_ROWS, split += 8 * PANEL_ROWS)
+        UNROLL for (size_t v = 0; v < 4; v++) {
+            __m256i weights = load_bytes_avx2(w + 32 * v), magnitudes = _mm256_abs_epi8(weights);
+            __m256i mask = _mm256_cmpgt_epi8(_mm256_setzero_si256(), weights);
+            store_bytes_avx2(split + 32 * v, magnitudes);
+            store_bytes_avx2(split + 4 * PANEL_ROWS + 32 * v, mask);
+            sum[v] = add_signed_products_avx2(sum[v], magnitudes, _mm256_abs_epi8(mask));
+        }
+    UNROLL for (size_t v = 0; v < 4; v++) store_bytes_avx2(lacking + 8 * v, sum[v]);
+}
+
+// Adds the products of a k-block with n tokens to out, 16 rows at a time. With vnni, w is [length/4][32][4] bytes to
+// which 128 was added; without, what split_signs_avx2() made.
+AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacking, const float *scales, size_t length,
+                                          const struct Row *x, size_t first, const size_t n, float *out, size_t stride,
+                                          const bool vnni) {
+    const size_t step = (vnni ? 4 : 8) * PANEL_ROWS;
+    const int8_t *quants[6];
+    UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants + first;
+    for (size_t row = 0; row < PANEL_ROWS; row += 16) {
+        const uint8_t *four = w + row * 4;
+        __m256i sum[6][2];
+        UNROLL for (size_t t = 0; t < n; t++) {
+            __m256i taken_back = _mm256_set1_epi32(-128 * x[t].block_sums[first / K_BLOCK]);
+            sum[t][0] = vnni ? taken_back : load_bytes_avx2(lacking + row);
+            sum[t][1] = vnni ? taken_back : load_bytes_avx2(lacking + row + 8);
+        }
+        // Columns come in 32s: four steps in a row need no end of the loop between them.
+        for (size_t k = 0; k < length; k += 16)
+            UNROLL for (size_t i = 0; i < 16; i += 4, four += step) {
+                __m256i w0 = load_bytes_avx2(four), w1 = load_bytes_avx2(four + 32);
+                UNROLL for (size_t t = 0; t < n; t++) {
+                    __m256i q = broadcast_quants_avx2(quants[t] + k + i);
+                    if (vnni) {
+                        sum[t][0] = add_byte_products_avx2(sum[t][0], w0, q, true);
+                        sum[t][1] = add_byte_products_avx2(sum[t][1], w1, q, true);
+                    } else {
+                        __m256i q0 = _mm256_xor_si256(q, load_bytes_avx2(four + step / 2));
+                        __m256i q1 = _mm256_xor_si256(q, load_bytes_avx2(four + step / 2 + 32));
+                        sum[t][0] = add_signed_products_avx2(sum[t][0], w0, q0);
+                        sum[t][1] = add_signed_products_avx2(sum[t][1], w1, q1);
+                    }
+                }
+            }
+        __m256 scale0 = _mm256_loadu_ps(scales + row), scale1 = _mm256_loadu_ps(scales + row + 8);
+        UNROLL for (size_t t = 0; t < n; t++) {
+            __m256 x_scale = _mm256_set1_ps(x[t].scales[first / K_BLOCK]);
+            float *o = out + t * stride + row;
+            add_scaled_avx2(o, sum[t][0], _mm256_mul_ps(scale0, x_scale), false);
+            add_scaled_avx2(o + 8, sum[t][1], _mm256_mul_ps(scale1, x_scale), false);
+        }
+    }
+}
+
+// Tokens go in groups of equal size, as nearly as possible: with VNNI up to six, whose 12 sums hide the latency of its
+// additions, without it up to four.
+#define AVX2_TILE(n, vnni)                                                                                              \
+    case n: multiply_block_avx2_tile(w, lacking, scales, length, x + t, at, n, out + t * stride, stride, vnni); break;
+
+AVX2 static void multiply_unpacked_avx2(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,
+                                        size_t first, size_t n, float *out, size_t stride) {
+    uint8_t w[2 * K_BLOCK * PANEL_ROWS] __attribute__((aligned(64)));
+    int32_t lacking[PANEL_ROWS];
+    for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
+        size_t length = min_size(K_BLOCK, depth - start), at = first + start;
+        split_signs_avx2(bytes + start * PANEL_ROWS, length, w, lacking);
+        for (size_t t = 0, groups = ceil_div(n, 4), count; t < n; t += count, groups--) {
+            count = ceil_div(n - t, groups);
+            switch (count) { AVX2_TILE(1, false) AVX2_TILE(2, false) AVX2_TILE(3, false) AVX2_TILE(4, false) }
+        }
+    }
+}
+
+AVX2 static void multiply_unpacked_avxvnni(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,
+                                           size_t first, size_t n, float *out, size_t stride) {
+    const int32_t *lacking = NULL;
+    for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
+        size_t length = min_size(K_BLOCK, depth - start), at = first + start;
+        const uint8_t *w = bytes + start * PANEL_ROWS;
+        for (size_t t = 0, groups = ceil_div(n, 6), count; t < n; t += count, groups--) {
+            count = ceil_div(n - t, groups);
+            switch (count) {
+                AVX2_TILE(1, true) AVX2_TILE(2, true) AVX2_TILE(3, true)
+                AVX2_TILE(4, true) AVX2_TILE(5, true) AVX2_TILE(6, true)
+            }
+        }
     }
 }
 
@@ -428,7 +634,7 @@ AVX2 static void quantize_block_avx2(const float *x, size_t cols, int8_t *quants
         // The packs work on each 128 bits apart: groups of four come out as 0 2 4 6 1 3 5 7.
         __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1),
                                                     _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        _mm256_storeu_si256((__m256i *)(void *)(quants + group), bytes);
+        store_bytes_avx2(quants + group, bytes);
         __m256i sum8 =
             _mm256_add_epi32(_mm256_add_epi32(nearest[0], nearest[1]), _mm256_add_epi32(nearest[2], nearest[3]));
         __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(sum8), _mm256_extracti128_si256(sum8, 1));
@@ -691,15 +897,15 @@ static bool has_avxvnni(void) {
     return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
 }
 
-#define AVX2_TABLE(table, q8, q4, q6, probe, macs)                                                                      \
+#define AVX2_TABLE(table, q8, q4, q6, unpacking_q8, unpacking_q4, unpacking_q6, multiplying, probe, macs)               \
     {                                                                                                                   \
         .name = table,                                                                                                  \
         .product = {[DTYPE_F32] = product_f32_avx2, [DTYPE_BF16] = product_bf16_avx2, [DTYPE_F8] = product_f8_avx2,     \
                     [DTYPE_Q8] = q8, [DTYPE_Q4] = q4, [DTYPE_Q6] = q6},                                                 \
-        .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4, [DTYPE_Q6] = unpack_q6_avx2},                        \
-        .multiply_unpacked = multiply_unpacked,                                                                         \
+        .unpack = {[DTYPE_Q8] = unpacking_q8, [DTYPE_Q4] = unpacking_q4, [DTYPE_Q6] = unpacking_q6},                    \
+        .multiply_unpacked = multiplying,                                                                               \
         .quantize_block = quantize_block_avx2,                                                                          \
-        .rotate_columns = rotate_columns_avx2,                                                                              \
+        .rotate_columns = rotate_columns_avx2,                                                                          \
         .dot = dot_avx2,                                                                                                \
         .score_rows = score_rows_avx2,                                                                                  \
         .mix_rows = mix_rows_avx2,                                                                                      \
@@ -716,9 +922,11 @@ static bool has_avxvnni(void) {
         .macs_per_round = macs,                                                                                         \
     }
 
-static const struct Kernels avx2_kernels = AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2, product_q6_avx2,
-                                                      multiply_probe_avx2, 6 * 32);
+static const struct Kernels avx2_kernels =
+    AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2, product_q6_avx2, unpack_q8, unpack_q4_avx2, unpack_q6_avx2,
+               multiply_unpacked_avx2, multiply_probe_avx2, 6 * 32);
 static const struct Kernels avxvnni_kernels =
-    AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni, product_q6_avxvnni, multiply_probe_avxvnni, 14 * 32);
+    AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni, product_q6_avxvnni, unpack_q8_avxvnni,
+               unpack_q4_avxvnni, unpack_q6_avxvnni, multiply_unpacked_avxvnni, multiply_probe_avxvnni, 14 * 32);
 
 #endif

@@ -358,8 +358,10 @@ AVX512 static void unpack_q8_avx512(const uint8_t *panel, size_t cols, size_t fi
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
         block += block_head_bytes(DTYPE_Q8, length);
-        for (size_t i = 0; i < length * PANEL_ROWS; i += 64)
+        for (size_t i = 0; i < length * PANEL_ROWS; i += 64) {
+            if (i % 128 == 0) prefetch_weights(block + i);
             _mm512_storeu_si512(bytes + i, _mm512_xor_si512(_mm512_loadu_si512(block + i), flip));
+        }
         block += value_bytes(DTYPE_Q8, length);
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
@@ -410,6 +412,7 @@ AVX512 static void unpack_q4_avx512(const uint8_t *panel, size_t cols, size_t fi
                 __m512i ratios = _mm512_cvtps_epi32(_mm512_mul_ps(scale, inverse[v]));
                 ratios = _mm512_mask_mov_epi16(ratios, 0xaaaaaaaa, _mm512_slli_epi32(ratios, 16));
                 UNROLL for (size_t i = 0; i < K_GROUP / 8; i++) {
+                    if (v == 0) prefetch_weights(w + i * 4 * PANEL_ROWS);
                     __m512i pairs = _mm512_loadu_si512(w + i * 4 * PANEL_ROWS + 64 * v);
                     // (pairs & nibbles) | shift
                     __m512i low = _mm512_ternarylogic_epi32(pairs, nibbles, shift, 0xea);
@@ -434,7 +437,8 @@ AVX512 static void unpack_q6_avx512(const uint8_t *panel, size_t cols, size_t fi
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
         block += block_head_bytes(DTYPE_Q6, length);
-        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
+        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES) {
+            UNROLL for (size_t i = 0; i < Q6_BYTES; i += 128) prefetch_weights(block + i);
             UNROLL for (size_t half = 0; half < 128; half += 64) {
                 __m512i tops = _mm512_loadu_si512(block + Q6_TOPS + half);
                 UNROLL for (size_t i = 0; i < 4; i++) {
@@ -442,6 +446,7 @@ AVX512 static void unpack_q6_avx512(const uint8_t *panel, size_t cols, size_t fi
                     _mm512_storeu_si512(bytes + (k + 4 * i) * PANEL_ROWS + half, _mm512_add_epi8(codes, offset));
                 }
             }
+        }
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
     }

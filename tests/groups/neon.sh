@@ -1,10 +1,10 @@
-# The kernels for 64-bit ARM where the processor is another: tests/kernels.c built for that target by gcc and by clang, for processors
-# without and with dot product instructions, and run by qemu. What takes a cross compiler and qemu is skipped without them.
+# The kernels for 64-bit ARM where the processor is another: tests/kernels.c built for that target by gcc and by clang and run by qemu
+# as processors without dot products, with them, and with matrix products, too. Skipped without a cross compiler or qemu.
 
 qemu=$(command -v qemu-aarch64-static || command -v qemu-aarch64)
 
-# emulated COMPILER ARCHITECTURE CPU: the program that was built for the architecture, on qemu's processor of that name.
-emulated() { results kernels "$qemu" -cpu "$3" "build/arm64-$1/arm64/$2" neon | sed "s/$group: /&$1, $2: /"; }
+# emulated COMPILER CPU: what it built, on qemu's processor of that name.
+emulated() { results kernels "$qemu" -cpu "$2" "build/arm64-$1/arm64/kernels" neon | sed "s/$group: /&$1, $2: /"; }
 
 # tested NAME COMPILER...: what this compiler makes of it.
 tested() {
@@ -19,8 +19,9 @@ tested() {
         >"$scratch/arm64-$name.said" 2>&1; then
         fail "$name" "$(reason "$scratch/arm64-$name.said")"
     else
-        emulated "$name" armv8-a cortex-a53
-        emulated "$name" armv8.2-a+dotprod max
+        emulated "$name" cortex-a53
+        emulated "$name" neoverse-n1
+        emulated "$name" max
     fi
 }
 
