@@ -33,7 +33,7 @@ help:
 	@echo "make valgrind   run one case per command and per parser under valgrind"
 	@echo "make fuzz       fuzz every parser (SECONDS=60 for each)"
 	@echo "make test-real  download a 135M-parameter model (270 MB on disk) and check r1 against its reference output"
-	@echo "make bench      prefill and decode speed (MODEL=r1-distill-qwen-1.5b:q8, or a file)"
+	@echo "make bench      what this machine runs, and how fast, in 3 minutes (MODEL=r1-distill-qwen-1.5b:q8, or a file: that one)"
 	@echo "make install    copy r1 and r1-convert to PREFIX/bin (PREFIX=$(PREFIX))"
 	@echo "make clean      remove everything that was built"
 
@@ -238,7 +238,6 @@ test-real:
 	@$(PARALLEL) all test-programs
 	@$(RUN_TESTS) real
 
-MODEL ?= r1-distill-qwen-1.5b:q8
 bench: all
 	$(BIN)/r1 bench $(MODEL)
 

@@ -35,6 +35,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -109,6 +110,8 @@ static uint64_t available_memory(void) {
             if (sscanf(line, "MemAvailable: %" SCNu64 " kB", &kilobytes) == 1) bytes = kilobytes << 10;
         fclose(file);
     }
+    struct rlimit limit;          // `ulimit -v`
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur < bytes) bytes = limit.rlim_cur;
     return bytes;
 }
 
@@ -1075,10 +1078,13 @@ INLINE void mix_rows_body(const float *weights, const float *rows, size_t row_st
 }
 
 INLINE float find_maximum_body(const float *x, size_t n) {
-    float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (size_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-    return largest;
+    float largest[16], all = -INFINITY;
+    for (size_t i = 0; i < 16; i++) largest[i] = -INFINITY;
+    for (; n >= 16; n -= 16, x += 16)
+        for (size_t i = 0; i < 16; i++) largest[i] = x[i] > largest[i] ? x[i] : largest[i];
+    for (size_t i = 0; i < n; i++) largest[i] = x[i] > largest[i] ? x[i] : largest[i];
+    for (size_t i = 0; i < 16; i++) all = largest[i] > all ? largest[i] : all;
+    return all;
 }
 
 // The scales that bring the largest of each column to 127, and their inverses.
@@ -2828,6 +2834,7 @@ struct Command {
     bool argmax;
     struct CountList prefill, depth;
     uint64_t decode, layers;      // layers: 0 for all of the shape
+    uint64_t seconds;
     bool uniform;
     bool markup, decode_ids, hex, chat, ids_only;
     bool verify;
@@ -2910,6 +2917,8 @@ static const struct Option options[] = {
     {"layers", 0, BENCH, OPTION_COUNT, FIELD(layers), 1, MAX_LAYERS, NULL, "What is measured", "N", "the first N layers of a shape"},
     {"uniform", 0, BENCH, OPTION_FLAG, FIELD(uniform), 0, 0, NULL, "What is measured", NULL,
      "a shape with every matrix at TYPE, not mixed as r1-convert does"},
+    {"seconds", 0, BENCH, OPTION_COUNT, FIELD(seconds), 0, 86400, NULL, "What is measured", "N",
+     "how long the table may take (180; 0: only predict)"},
     {"markup", 0, TOKENIZE, OPTION_FLAG, FIELD(markup), 0, 0, NULL, "Input", NULL, "special tokens in the text count as such"},
     {"chat", 0, TOKENIZE, OPTION_FLAG, FIELD(chat), 0, 0, NULL, "Input", NULL,
      "a line is a JSON array of {\"role\", \"content\"}: the prompt's ids"},
@@ -3132,7 +3141,10 @@ static __attribute__((format(printf, 2, 3))) void note(const struct Command *com
     va_end(args);
 }
 
-static bool shows_progress(const struct Command *command) { return !command->quiet && isatty(STDERR_FILENO); }
+static bool shows_progress(const struct Command *command) {
+    const char *kind = getenv("TERM");
+    return !command->quiet && isatty(STDERR_FILENO) && !(kind && strcmp(kind, "dumb") == 0);
+}
 
 // One line on a terminal that overwrites itself: how far the work is, and the time left; with a total of 0 only `what`.
 // `started` is a clock_seconds().
@@ -3253,8 +3265,8 @@ static int compare_doubles(const void *a, const void *b) {
 // ====================================================================================================================
 
 // Lays out a model of a known shape in memory that is not yet filled, nor taken from the system. NULL with a sentence in
-// error. layers: 0 for all.
-static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bool uniform, size_t layers, char *error) {
+// error. layers: 0 for all. Not in_memory: only to be counted, at an address that is never read.
+static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bool uniform, size_t layers, bool in_memory, char *error) {
     struct Model *model = allocate(sizeof *model);
     model->config = shape_config(shape, type, (uint32_t)layers);
     model->has_weights = true;
@@ -3274,13 +3286,19 @@ static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bo
     }
     free(tensors);
     model->entries = entries;
-    model->bytes = map_memory(model->size);
-    model->mapped = model->bytes != NULL;
-    if (!model->mapped) fail(error, "%s: the system does not give %.1f GB of memory", shape->name, (double)model->size / 1e9);
+    model->bytes = in_memory ? map_memory(model->size) : (const uint8_t *)(uintptr_t)FORMAT_PAGE;
+    model->mapped = in_memory && model->bytes;
+    if (!model->bytes) fail(error, "%s: the system does not give %.1f GB of memory", shape->name, (double)model->size / 1e9);
     else if (bind_model(model, error)) return model;
     free(entries);
     model_close(model);
     return NULL;
+}
+
+static void close_shape(struct Model *model) {
+    const struct TensorEntry *entries = model->entries;
+    model_close(model);
+    free((void *)(uintptr_t)entries);
 }
 
 struct Filling {
@@ -3380,16 +3398,20 @@ static struct Machine measure_machine(struct Team *team, const struct Kernels *k
 
 // ====================================================================================================================
 // r1 bench
+//
+// Of one model: a line for each prompt length and depth. Without a model: the table of all known ones, in which the
+// cheapest are measured, as many as the time allows, and the others predicted from them.
 // ====================================================================================================================
 
 #define BENCH_REPETITIONS 3       // of a measurement; the median counts
-#define BENCH_SECONDS 20.0        // a measurement that has taken this long is not repeated
+#define BENCH_PATIENCE 20.0       // see struct Bench
 #define BENCH_WARM_TOKENS 4
 
 struct Bench {
     const struct Command *command;
     struct Model *model;
     bool synthetic;
+    double patience;              // a measurement that has taken this many seconds is not repeated
     double load_s;
     struct Machine machine;
     struct Session *session;
@@ -3418,7 +3440,7 @@ static void open_bench_model(struct Bench *bench) {
     if (command->layers > shape->config.num_hidden_layers)
         wrong_usage(command, "--layers %" PRIu64 ": %s has 1 to %u", command->layers, shape->name, shape->config.num_hidden_layers);
     char error[ERROR_BYTES];
-    bench->model = model_of_shape(shape, type, command->uniform, command->layers, error);
+    bench->model = model_of_shape(shape, type, command->uniform, command->layers, true, error);
     if (!bench->model) die("%s", error);
     bench->synthetic = true;
 }
@@ -3471,22 +3493,33 @@ static double time_once(const struct Bench *bench, bool decoding, size_t count, 
 // The median of a few times.
 static double time_tokens(const struct Bench *bench, bool decoding, size_t count, size_t depth) {
     double seconds[BENCH_REPETITIONS], spent = time_once(bench, decoding, decoding ? BENCH_WARM_TOKENS : count, depth);
-    if (!decoding && spent > BENCH_SECONDS) return spent;   // this was to warm up, but once is enough
+    if (!decoding && spent > bench->patience) return spent;   // this was to warm up, but once is enough
     size_t rounds = 0;
     do {
         seconds[rounds] = time_once(bench, decoding, count, depth);
         spent += seconds[rounds++];
-    } while (rounds < BENCH_REPETITIONS && spent <= BENCH_SECONDS);
+    } while (rounds < BENCH_REPETITIONS && spent <= bench->patience);
     qsort(seconds, rounds, sizeof *seconds, compare_doubles);
     return (seconds[rounds / 2] + seconds[(rounds - 1) / 2]) / 2;
 }
 
-// Measures, and prints a row of the table or adds it to the list of the JSON object.
+// Multiply-adds of weights in a prefill; the head's are for the last token alone.
+static double prefill_macs(const struct Model *model, size_t count) {
+    return (double)count * active_weights(model) + (double)model->head.rows * (double)model->head.cols;
+}
+
+// A fraction as `length` characters, ended by a zero byte.
+static const char *draw_bar(char *bar, int length, double fraction) {
+    for (int i = 0; i < length; i++) bar[i] = fraction * length >= i + 0.5 ? '#' : '.';
+    bar[length] = 0;
+    return bar;
+}
+
+// Measures, and prints a line or adds it to the list of the JSON object.
 static void measure_tokens(const struct Bench *bench, bool decoding, size_t count, size_t depth, json_t *list) {
     const struct Model *model = bench->model;
     double seconds = time_tokens(bench, decoding, count, depth), speed = (double)count / seconds;
-    double head = (double)model->head.rows * (double)model->head.cols;   // multiplied once in a prefill, for the last token
-    double work = decoding ? (double)count * active_bytes(model) : (double)count * active_weights(model) + head;
+    double work = decoding ? (double)count * active_bytes(model) : prefill_macs(model, count);
     double rate = work / seconds / 1e9, limit = decoding ? bench->machine.read_gb_s : bench->machine.int8_gmac_s;
     double fraction = limit > 0 ? rate / limit : 0;
     if (bench->command->json) {
@@ -3497,10 +3530,8 @@ static void measure_tokens(const struct Bench *bench, bool decoding, size_t coun
         json_array_append_new(list, row);
         return;
     }
-    char bar[21] = "....................";
-    for (int i = 0; i < 20 && fraction * 20 >= i + 0.5; i++) bar[i] = '#';
     printf("%-8s %7zu %8zu %10.2f  %8.1f %-6s  %s %5.1f %%\n", decoding ? "decode" : "prefill", count, depth, speed, rate,
-           decoding ? "GB/s" : "GMAC/s", bar, 100 * fraction);
+           decoding ? "GB/s" : "GMAC/s", draw_bar((char[21]){0}, 20, fraction), 100 * fraction);
     flush_output();
 }
 
@@ -3516,8 +3547,164 @@ static void print_bench_head(const struct Bench *bench) {
     flush_output();
 }
 
+static void close_bench(struct Bench *bench) {
+    free(bench->tokens);
+    session_free(bench->session);
+    if (bench->synthetic) close_shape(bench->model);
+    else model_close(bench->model);
+}
+
+// ---- the table of all known models
+
+#define TABLE_PROMPT 512          // tokens of a prefill
+#define TABLE_DECODE 16           // tokens decoded
+#define TABLE_CONTEXT 4096        // tokens of cache in the memory that a model needs
+#define TABLE_SECONDS 180         // that measuring may take
+#define TABLE_PATIENCE 8.0        // see struct Bench
+#define TABLE_ROWS (2 * SHAPE_COUNT)
+
+enum { DECODE, PREFILL, SPEEDS };
+
+struct TableRow {
+    const struct Shape *shape;
+    uint32_t type;
+    char name[64];
+    bool has_experts, measured;
+    double weights, memory;       // bytes; memory: weights, cache and scratch
+    double seconds;               // that measuring it will take, about
+    double work[SPEEDS];          // a token takes: bytes read to decode it, multiply-adds of its prefill
+    double tok_s[SPEEDS], fraction[SPEEDS];   // tokens a second, and the share of the machine's limit that they come to
+};
+
+// Bytes of memory that a model may take; 4 GB where the system does not say what is available.
+static double find_room(void) {
+    uint64_t available = available_memory();
+    return available ? (double)available : 4e9;
+}
+
+static struct TableRow count_row(const struct Command *command, const struct Shape *shape, uint32_t type) {
+    char error[ERROR_BYTES];
+    struct Model *model = model_of_shape(shape, type, command->uniform, command->layers, false, error);
+    if (!model) die("%s", error);
+    struct SessionOptions options = {.context = TABLE_CONTEXT, .batch = micro_batch(command, model), .logits_rows = 1,
+                                     .cache = (enum CacheType)command->cache};
+    struct MemoryPlan plan = plan_memory(model, &options, (int)command->threads);
+    struct TableRow row = {.shape = shape, .type = type, .has_experts = model->config.n_routed_experts > 0, .weights = (double)plan.weights,
+                           .memory = (double)(plan.weights + plan.cache + plan.scratch),
+                           .work = {[DECODE] = active_bytes(model), [PREFILL] = prefill_macs(model, TABLE_PROMPT) / TABLE_PROMPT}};
+    snprintf(row.name, sizeof row.name, "%s:%s", shape->name, dtype_name(type));
+    close_shape(model);
+    return row;
+}
+
+static int compare_seconds(const void *a, const void *b) {
+    return compare_doubles(&((const struct TableRow *)a)->seconds, &((const struct TableRow *)b)->seconds);
+}
+
+static int compare_memory(const void *a, const void *b) {
+    return compare_doubles(&((const struct TableRow *)a)->memory, &((const struct TableRow *)b)->memory);
+}
+
+// Raises the limits to what they are found to be now.
+static void measure_row(const struct Command *command, struct TableRow *row, struct Machine *machine) {
+    char error[ERROR_BYTES];
+    struct Bench bench = {.command = command, .synthetic = true, .patience = TABLE_PATIENCE};
+    bench.model = model_of_shape(row->shape, row->type, command->uniform, command->layers, true, error);
+    if (!bench.model) die("%s", error);
+    open_bench_session(&bench);
+    machine->read_gb_s = fmax(machine->read_gb_s, bench.machine.read_gb_s);
+    machine->int8_gmac_s = fmax(machine->int8_gmac_s, bench.machine.int8_gmac_s);
+    row->tok_s[PREFILL] = TABLE_PROMPT / time_tokens(&bench, false, TABLE_PROMPT, 0);
+    row->tok_s[DECODE] = TABLE_DECODE / time_tokens(&bench, true, TABLE_DECODE, 0);
+    row->measured = true;
+    close_bench(&bench);
+}
+
+// Measures the rows that take the least time, as long as there is time and they leave a tenth of the memory and 0.5 GB free.
+static void measure_rows(const struct Command *command, struct TableRow *rows, struct Machine *machine, double seconds) {
+    double started = clock_seconds(), passed;
+    for (struct TableRow *row = rows; row < rows + TABLE_ROWS; row++)   // weights are made up more slowly than they are read
+        row->seconds = (8 * row->weights + 4 * TABLE_DECODE * row->work[DECODE]) / machine->read_gb_s / 1e9 +
+                       4 * TABLE_PROMPT * row->work[PREFILL] / machine->int8_gmac_s / 1e9;
+    qsort(rows, TABLE_ROWS, sizeof *rows, compare_seconds);
+    for (struct TableRow *row = rows; row < rows + TABLE_ROWS && (passed = clock_seconds() - started) + row->seconds <= seconds; row++) {
+        if (row->memory + 0.5e9 > 0.9 * find_room()) continue;
+        char what[128];
+        snprintf(what, sizeof what, "measuring %s; the table", row->name);
+        show_progress(command, what, passed, seconds, started);
+        measure_row(command, row, machine);
+    }
+    end_progress(command);
+}
+
+// What was not measured is taken to come as near to the limits as what was and is most like it: first of all has experts or
+// none like it, then is of its type, then is large; where nothing was measured, to reach them. The rows are sorted by memory.
+static void complete_row(struct TableRow *row, const struct TableRow *rows, const struct Machine *machine) {
+    const struct TableRow *like = NULL;
+    int most_alike = 0;
+    for (const struct TableRow *other = rows; other < rows + TABLE_ROWS; other++) {
+        int alike = 4 * (other == row) + 2 * (other->has_experts == row->has_experts) + (other->type == row->type);
+        if (!other->measured || alike < most_alike) continue;
+        like = other;
+        most_alike = alike;
+    }
+    const double limits[SPEEDS] = {machine->read_gb_s * 1e9, machine->int8_gmac_s * 1e9};
+    for (int i = DECODE; i < SPEEDS; i++) {
+        row->fraction[i] = like ? like->tok_s[i] * like->work[i] / limits[i] : 1;
+        row->tok_s[i] = row->fraction[i] * limits[i] / row->work[i];
+    }
+}
+
+static void print_row(const struct TableRow *row) {
+    printf("%-24s %8s", row->name, BYTES(row->memory));
+    for (int i = DECODE; i < SPEEDS; i++) {
+        char text[32];
+        double tok_s = row->tok_s[i];
+        snprintf(text, sizeof text, "%s%.*f", row->measured ? "" : "~", tok_s >= 100 ? 0 : tok_s >= 10 ? 1 : 2, tok_s);
+        printf("  %8s", text);
+        if (row->measured) printf("  %s %3.0f %%", draw_bar((char[15]){0}, 14, row->fraction[i]), 100 * row->fraction[i]);
+        else if (i == DECODE) printf("%22s", "");
+    }
+    putchar('\n');
+}
+
+static int bench_all(const struct Command *command) {
+    double seconds = command->seconds != NOT_GIVEN ? (double)command->seconds : TABLE_SECONDS, room = find_room();
+    struct TableRow rows[TABLE_ROWS];
+    for (size_t i = 0; i < TABLE_ROWS; i++) rows[i] = count_row(command, &known_shapes[i / 2], i % 2 ? DTYPE_Q8 : DTYPE_Q4);
+    if (seconds > 0) note(command, "measuring for %.0f seconds at most (--seconds)", seconds);
+    struct Machine machine = measure_machine(command->team, command->kernels);
+    measure_rows(command, rows, &machine, seconds);
+    qsort(rows, TABLE_ROWS, sizeof *rows, compare_memory);
+    printf("%" PRIu64 " thread%s, %s: reads %.1f GB/s, multiplies %.0f int8 GMAC/s; %s of memory available%s\n\n", command->threads,
+           command->threads == 1 ? "" : "s", command->kernels->name, machine.read_gb_s, machine.int8_gmac_s, BYTES(room),
+           command->layers ? "; first layers alone" : "");
+    printf("%-24s %8s  %8s  %-20s  %8s  %s\n", "", "memory", "decode", "of the", "prefill", "of the");
+    printf("%-24s %8s  %8s  %-20s  %8s  %s\n", "", "needed", "tok/s", "read bandwidth", "tok/s", "int8 peak");
+    bool all_fit = true, any_measured = false;
+    for (struct TableRow *row = rows; row < rows + TABLE_ROWS; row++) {
+        if (all_fit && row->memory > room) puts("---- too large for the memory available; if it were there:");
+        all_fit = row->memory <= room;
+        any_measured |= row->measured;
+        complete_row(row, rows, &machine);
+        print_row(row);
+    }
+    printf("\nPrefill of %d tokens; the memory has a cache for %d. ~ is predicted, not measured: from the bytes\n"
+           "that a token reads and its multiply-adds, at %s.\n", TABLE_PROMPT, TABLE_CONTEXT,
+           any_measured ? "the share of the limits that the measured model\nmost like it reached" : "the limits themselves");
+    return 0;
+}
+
 static int command_bench(struct Command *command) {
-    struct Bench bench = {.command = command};
+    bool has_model = command->argument_count;
+    if (!has_model && (command->json || command->prefill.count || command->depth.count || command->decode != NOT_GIVEN))
+        wrong_usage(command, "--prefill, --decode, --depth and --json go with a model");
+    if (has_model && command->seconds != NOT_GIVEN) wrong_usage(command, "--seconds goes with the table of all models");
+    if (!command->prefill.count) command->prefill = (struct CountList){{TABLE_PROMPT}, 1, false};
+    if (!command->depth.count) command->depth = (struct CountList){{0}, 1, false};
+    if (command->decode == NOT_GIVEN) command->decode = has_model ? 64 : TABLE_DECODE;
+    if (!has_model) return bench_all(command);
+    struct Bench bench = {.command = command, .patience = BENCH_PATIENCE};
     open_bench_model(&bench);
     open_bench_session(&bench);
     if (!command->json) print_bench_head(&bench);
@@ -3533,11 +3720,7 @@ static int command_bench(struct Command *command) {
                                bench.load_s, "prefill", prefills, "decode", decodes);
     if (command->json) print_json(object);
     else json_decref(object);
-    free(bench.tokens);
-    session_free(bench.session);
-    const struct TensorEntry *own_entries = bench.synthetic ? bench.model->entries : NULL;
-    model_close(bench.model);
-    free((void *)(uintptr_t)own_entries);
+    close_bench(&bench);
     return 0;
 }
 
@@ -4762,10 +4945,13 @@ static const struct CommandKind commands[] = {
      "with -, the question is read from standard input. Ctrl-C ends the answer.\n\n"
      "  r1 run demo \"How many r's are in strawberry?\"\n"
      "  echo \"What is 2 + 3?\" | r1 run demo --hide-thinking --seed 1 >answer.txt"},
-    {"bench", BENCH, "[OPTION]... MODEL|SHAPE[:TYPE]", 1, 1, command_bench, true, "measure prefill and decode speed",
+    {"bench", BENCH, "[OPTION]... [MODEL|SHAPE[:TYPE]]", 0, 1, command_bench, true, "measure prefill and decode speed",
      "Measures tokens per second of MODEL, or of a known model's SHAPE filled with synthetic weights: no file is needed.\n"
      "SHAPE is r1, r1-distill-qwen-1.5b, -7b, -14b or -32b, r1-distill-llama-8b or -70b, r1-0528-qwen3-8b or\n"
-     "moonlight-16b-a3b; TYPE is f32, bf16, f8, q8, q6 or q4 (default).\n\n"
+     "moonlight-16b-a3b; TYPE is f32, bf16, f8, q8, q6 or q4 (default).\n"
+     "Without either: a table of all shapes in q4 and q8 and the memory they need. In three minutes it measures what it\n"
+     "can of those that fit, and predicts the others from the limits of the machine.\n\n"
+     "  r1 bench\n"
      "  r1 bench r1-distill-qwen-1.5b:q8\n"
      "  r1 bench r1 --layers 4 --prefill 128,512 --json"},
     {"perplexity", PERPLEXITY, "[OPTION]... MODEL [TEXT.txt]", 1, 2, command_perplexity, true, "measure how well a model predicts a text",
@@ -4840,7 +5026,7 @@ int main(int argc, char **argv) {
     command = (struct Command){
         .team = &team, .threads = NOT_GIVEN, .batch = NOT_GIVEN, .context = NOT_GIVEN, .cache = CACHE_F16, .isa = "auto",
         .max_tokens = DEFAULT_MAX_TOKENS, .seed = NOT_GIVEN, .think_budget = NOT_GIVEN, .temperature = 0.6, .top_p = 0.95,
-        .prefill = {{512}, 1, false}, .depth = {{0}, 1, false}, .decode = 64,
+        .decode = NOT_GIVEN, .seconds = NOT_GIVEN,
     };
     for (size_t i = 0; i < COMMAND_TOTAL; i++)
         if (strcmp(argv[1], commands[i].name) == 0) command.kind = &commands[i];

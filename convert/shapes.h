@@ -196,11 +196,11 @@ static inline const struct Shape *find_shape(const char *text, const char **rest
     return NULL;
 }
 
-// The config of a shape's first layers; layers: 0 for all.
+// The config of a shape's first layers; layers: 0, or as many as there are, for all.
 static inline struct ModelConfig shape_config(const struct Shape *shape, uint32_t recipe, uint32_t layers) {
     struct ModelConfig config = shape->config;
     config.recipe = recipe;
-    if (layers) keep_layers(&config, layers);
+    if (layers && layers < config.num_hidden_layers) keep_layers(&config, layers);
     return config;
 }
 

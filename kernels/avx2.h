@@ -471,23 +471,22 @@ AVX2 static void unpack_q4_avxvnni(const uint8_t *panel, size_t cols, size_t fir
 
 AVX2_INLINE void unpack_q6_avx2_any(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                     float *scales, const bool vnni) {
-    const __m256i offset = _mm256_set1_epi8(vnni ? 128 - Q6_ZERO : -Q6_ZERO);
+    const __m256i offset = _mm256_set1_epi8((char)((vnni ? 128 : 0) - Q6_ZERO));
     const uint8_t *block =
         panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
         block += block_head_bytes(DTYPE_Q6, length);
-        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES) {
-            UNROLL for (size_t i = 0; i < Q6_BYTES; i += 128) prefetch_weights(block + i);
+        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
             UNROLL for (size_t v = 0; v < 128; v += 32) {
                 __m256i tops = load_bytes_avx2(block + Q6_TOPS + v);
                 UNROLL for (size_t i = 0; i < 4; i++) {
                     __m256i codes = join_q6_avx2(load_bytes_avx2(block + i / 2 * 4 * PANEL_ROWS + v), tops, i);
-                    store_bytes_avx2(bytes + (k + 4 * i) * PANEL_ROWS + v, _mm256_add_epi8(codes, offset));
+                    uint8_t *four = bytes + (k + 4 * i) * PANEL_ROWS + v;
+                    _mm256_storeu_si256((__m256i *)(void *)four, _mm256_add_epi8(codes, offset));
                 }
             }
-        }
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
     }
@@ -926,7 +925,7 @@ static const struct Kernels avx2_kernels =
     AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2, product_q6_avx2, unpack_q8, unpack_q4_avx2, unpack_q6_avx2,
                multiply_unpacked_avx2, multiply_probe_avx2, 6 * 32);
 static const struct Kernels avxvnni_kernels =
-    AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni, product_q6_avxvnni, unpack_q8_avxvnni,
-               unpack_q4_avxvnni, unpack_q6_avxvnni, multiply_unpacked_avxvnni, multiply_probe_avxvnni, 14 * 32);
+    AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni, product_q6_avxvnni, unpack_q8_avxvnni, unpack_q4_avxvnni,
+               unpack_q6_avxvnni, multiply_unpacked_avxvnni, multiply_probe_avxvnni, 14 * 32);
 
 #endif

@@ -437,8 +437,7 @@ AVX512 static void unpack_q6_avx512(const uint8_t *panel, size_t cols, size_t fi
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
         block += block_head_bytes(DTYPE_Q6, length);
-        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES) {
-            UNROLL for (size_t i = 0; i < Q6_BYTES; i += 128) prefetch_weights(block + i);
+        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
             UNROLL for (size_t half = 0; half < 128; half += 64) {
                 __m512i tops = _mm512_loadu_si512(block + Q6_TOPS + half);
                 UNROLL for (size_t i = 0; i < 4; i++) {
@@ -446,7 +445,6 @@ AVX512 static void unpack_q6_avx512(const uint8_t *panel, size_t cols, size_t fi
                     _mm512_storeu_si512(bytes + (k + 4 * i) * PANEL_ROWS + half, _mm512_add_epi8(codes, offset));
                 }
             }
-        }
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
     }

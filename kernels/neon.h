@@ -381,6 +381,27 @@ static void unpack_q8_neon(const uint8_t *panel, size_t cols, size_t first, size
     }
 }
 
+static void unpack_q6_neon(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
+    const uint8_t *block =
+        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    for (size_t start = first; start < first + depth; start += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - start);
+        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
+        block += block_head_bytes(DTYPE_Q6, length);
+        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
+            for (size_t row = 0; row < PANEL_ROWS; row += 4) {
+                uint8x16_t tops = vld1q_u8(block + Q6_TOPS + row * 4);
+                int8x16_t four[4];
+                UNROLL for (size_t i = 0; i < 4; i++)
+                    four[i] = join_q6_neon(vld1q_u8(block + i / 2 * 4 * PANEL_ROWS + row * 4), tops, i);
+                store_columns_neon(bytes + k * PANEL_ROWS, row, four[0], four[1]);
+                store_columns_neon(bytes + (k + 8) * PANEL_ROWS, row, four[2], four[3]);
+            }
+        bytes += length * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+}
+
 // Values of 4 rows and four columns times their rows' ratios, [4][4] numbers of 16 bits each, rounded.
 INLINE int8x16_t scale_q4_neon(int8x16_t values, int16x8x2_t ratios) {
     int16x8_t low = vqrdmulhq_s16(vmovl_s8(vget_low_s8(values)), ratios.val[0]);
@@ -425,27 +446,6 @@ static void unpack_q4_neon(const uint8_t *panel, size_t cols, size_t first, size
             }
         }
         block = w + value_bytes(DTYPE_Q4, length);
-        bytes += length * PANEL_ROWS;
-        scales += PANEL_ROWS;
-    }
-}
-
-static void unpack_q6_neon(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
-    const uint8_t *block =
-        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
-    for (size_t start = first; start < first + depth; start += K_BLOCK) {
-        size_t length = min_size(K_BLOCK, cols - start);
-        memcpy(scales, block, PANEL_ROWS * sizeof *scales);
-        block += block_head_bytes(DTYPE_Q6, length);
-        for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
-            UNROLL for (size_t row = 0; row < PANEL_ROWS; row += 4) {
-                uint8x16_t tops = vld1q_u8(block + Q6_TOPS + row * 4);
-                UNROLL for (size_t i = 0; i < 4; i += 2) {
-                    uint8x16_t pairs = vld1q_u8(block + i / 2 * 4 * PANEL_ROWS + row * 4);
-                    store_columns_neon(bytes + (k + 4 * i) * PANEL_ROWS, row, join_q6_neon(pairs, tops, i),
-                                       join_q6_neon(pairs, tops, i + 1));
-                }
-            }
         bytes += length * PANEL_ROWS;
         scales += PANEL_ROWS;
     }

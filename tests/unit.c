@@ -351,7 +351,7 @@ static void test_shapes(void) {
     char error[ERROR_BYTES];
     for (size_t i = 0; i < SHAPE_COUNT; i++) {
         for (uint32_t type = DTYPE_F32; type < DTYPE_COUNT; type++) {
-            struct Model *model = model_of_shape(&known_shapes[i], type, false, 4, error);
+            struct Model *model = model_of_shape(&known_shapes[i], type, false, 4, true, error);
             EXPECT(model, "%s: %s", dtype_name(type), error);
             if (!model) continue;
             EXPECT(check_config(&model->config, error), "%s: %s", dtype_name(type), error);
@@ -364,13 +364,49 @@ static void test_shapes(void) {
     }
 }
 
+// ---- the table of r1 bench
+
+static void expect_speeds(struct TableRow *rows, size_t i, const struct Machine *machine, double decode, double prefill) {
+    complete_row(&rows[i], rows, machine);
+    const double *tok_s = rows[i].tok_s;
+    EXPECT(fabs(tok_s[DECODE] - decode) < 1e-9 * decode && fabs(tok_s[PREFILL] - prefill) < 1e-9 * prefill,
+           "row %zu: %g and %g tokens a second, expected %g and %g", i, tok_s[DECODE], tok_s[PREFILL], decode, prefill);
+}
+
+// Of made-up models on a machine that reads 100 GB/s and multiplies 1000 GMAC/s.
+static void test_table(void) {
+    struct Machine machine = {100, 1000};
+    struct TableRow rows[TABLE_ROWS] = {
+        {.type = DTYPE_Q4, .work = {5e9, 2e9}},
+        {.type = DTYPE_Q8, .work = {10e9, 2e9}},
+        {.type = DTYPE_Q4, .work = {20e9, 10e9}},
+        {.type = DTYPE_Q4, .work = {5e9, 4e9}, .has_experts = true},
+        {.type = DTYPE_Q4, .work = {50e9, 40e9}},
+        {.type = DTYPE_Q8, .work = {80e9, 40e9}},
+        {.type = DTYPE_Q8, .work = {40e9, 20e9}, .has_experts = true},
+    };
+    expect_speeds(rows, 4, &machine, 2, 25);
+    report("the table of bench: the limits, where nothing was measured");
+    static const double measured[4][SPEEDS] = {{10, 100}, {8, 200}, {4.5, 30}, {12, 25}};
+    for (size_t i = 0; i < 4; i++) {
+        rows[i].measured = true;
+        for (int k = DECODE; k < SPEEDS; k++) rows[i].tok_s[k] = measured[i][k];
+    }
+    for (size_t i = 0; i < 4; i++) expect_speeds(rows, i, &machine, measured[i][DECODE], measured[i][PREFILL]);
+    report("the table of bench: what was measured stays");
+    expect_speeds(rows, 4, &machine, 2 * 0.9, 25 * 0.3);
+    expect_speeds(rows, 5, &machine, 1.25 * 0.8, 25 * 0.4);
+    expect_speeds(rows, 6, &machine, 2.5 * 0.6, 50 * 0.1);
+    report("the table of bench: what was not, by the largest of its kind and type");
+}
+
 static void test_synthetic(const char *path, const char *name, uint32_t layers) {
     static struct Team team;
     char error[ERROR_BYTES];
     const char *rest;
     struct Model *file = model_open(path, error);
     if (!file) die("%s", error);
-    struct Model *model = model_of_shape(find_shape(name, &rest), file->config.recipe, true, layers, error);
+    struct Model *model = model_of_shape(find_shape(name, &rest), file->config.recipe, true, layers, true, error);
     if (!model) die("%s", error);
     team.threads = 3;
     for (int thread = 0; thread < team.threads; thread++) fill_weights(&(struct Filling){&team, model}, thread);
@@ -397,6 +433,7 @@ int main(int argc, char **argv) {
         return any_failed;
     }
     test_shapes();
+    test_table();
     test_formats();
     test_sampler();
     test_utf8_stream();

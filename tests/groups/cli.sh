@@ -152,6 +152,35 @@ passes "bench of a known shape, one layer" "$r1" bench r1-distill-qwen-1.5b:q4 -
 rejects "bench of an unknown shape" 1 'gpt-9' "$r1" bench gpt-9
 rejects "bench of a shape that does not fit" 1 'memory|GB' "$r1" bench r1:f32
 
+# ---- the table of bench
+
+# table NAME KILOBYTES OPTION...: with so many addresses (or no limit), every known shape has a row for each type, and both speeds in
+# it are measured or predicted ("~"); $measured counts the rows of the former kind.
+table() {
+    local name=$1 limit=$2 status
+    shift 2
+    ([ "$limit" = any ] || ulimit -v "$limit"; exec timeout 300 "$r1" bench -q "$@") >"$scratch/got" 2>"$scratch/error" </dev/null
+    status=$?
+    sed -n 's/^    {"\([a-z0-9.-]*\)",.*/\1:q4\n\1:q8/p' convert/shapes.h | LC_ALL=C sort >"$scratch/shapes"
+    awk '(NF == 5 && $4 ~ /^~[0-9.]+$/ && $5 ~ /^~[0-9.]+$/) || (NF == 11 && $4 $8 ~ /^[0-9.]+$/) { print $1 }' "$scratch/got" |
+        LC_ALL=C sort >"$scratch/rows"
+    measured=$(awk 'NF == 11 && $4 $8 ~ /^[0-9.]+$/' "$scratch/got" | wc -l)
+    if [ $status != 0 ] || [ -s "$scratch/error" ]; then fail "$name" "status $status: $(brief "$scratch/error")"
+    else same "$name" "$scratch/shapes" "$scratch/rows"; fi
+}
+table "bench without a model, only predicted: a row for every known shape" any --seconds 0
+if [ "$measured" = 0 ]; then ok "and none measured"; else fail "and none measured" "$(brief "$scratch/got")"; fi
+if awk 'length > 100 { exit 1 }' "$scratch/got"; then ok "and 100 columns at most"; else fail "and 100 columns at most" "$(brief "$scratch/got")"; fi
+if [ "$build" = build ]; then
+    # Of the models of one layer two are small enough to be measured in 1.5 GB.
+    table "bench without a model, of first layers: a row for every known shape" 1450000 --layers 1 -t 1
+    if [ "$measured" = 2 ] && grep -q 'too large' "$scratch/got"; then ok "and what is too large is not measured"
+    else fail "and what is too large is not measured" "$(brief "$scratch/got")"; fi
+fi
+rejects "--json without a model" 2 'model' "$r1" bench --json
+rejects "--decode without a model" 2 'model' "$r1" bench --decode 8
+rejects "--seconds with a model" 2 'table' "$r1" bench demo --seconds 9
+
 # ---- a person at a terminal
 
 if command -v script >/dev/null; then
