@@ -2494,6 +2494,14 @@ static void plan_jobs(struct Session *s, size_t layer) {
     s->hidden_rows = visit;
 }
 
+#define PANEL_PREFETCH 4096       // bytes
+
+// Asks for the beginning of a panel that is read soon: it takes the processor some kilobytes to see that a stream has begun.
+static void prefetch_panel(const struct Matrix *m, size_t panel) {
+    const uint8_t *start = m->data + panel * m->panel_bytes;
+    for (size_t i = 0; i < min_size(PANEL_PREFETCH, m->panel_bytes); i += 64) __builtin_prefetch(start + i);
+}
+
 // An item of run_gate_up(): some rows of a job's result for some of its tokens. Of many tokens it has 256 rows, the k-block of
 // the product that follows, and quantises it at once: what 512 tokens have there as floats would not fit in a cache.
 #define HIDDEN_PANELS (K_BLOCK / PANEL_ROWS)
@@ -2518,6 +2526,7 @@ static void run_gate_up(struct Session *s, int thread) {
         size_t panels = many ? min_size(HIDDEN_PANELS, panel_count(&job->gate) - first_panel) : 1, columns = panels * PANEL_ROWS;
         for (size_t p = 0; p < panels; p += GEMM_PANELS) {
             size_t some = min_size(GEMM_PANELS, panels - p);
+            if (!many) prefetch_panel(&job->up, first_panel);
             multiply_tile(s, w, &job->gate, first_panel + p, some, job->inputs + first_token, n, w->gate_tile + p * PANEL_ROWS, columns);
             multiply_tile(s, w, &job->up, first_panel + p, some, job->inputs + first_token, n, w->up_tile + p * PANEL_ROWS, columns);
         }
@@ -2550,6 +2559,7 @@ static void run_down(struct Session *s, int thread) {
         size_t first_row = item * width * PANEL_ROWS, rows = min_size(columns, hidden - first_row);
         for (size_t j = 0; j < s->job_count; j++) {
             const struct FeedForwardJob *job = &s->jobs[j];
+            if (s->n <= EXACT_TOKENS && j + 1 < s->job_count) prefetch_panel(&job[1].down, item);
             multiply_tile(s, w, &job->down, item * width, panels, job->hidden, job->n, w->gate_tile, columns);
             for (size_t i = 0; i < job->n; i++) {
                 float *x = s->x + job->tokens[i] * hidden + first_row;
