@@ -533,7 +533,7 @@ AVX2_INLINE void split_signs_avx2(const uint8_t *w, size_t length, uint8_t *spli
 AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacking, const float *scales, size_t length,
                                           const struct Row *x, size_t first, const size_t n, float *out, size_t stride,
                                           const bool vnni) {
-    const size_t step = (vnni ? 4 : 8) * PANEL_ROWS;
+    const size_t step = (vnni ? 4 : 8) * PANEL_ROWS, columns = vnni ? 16 : 4;
     const int8_t *quants[6];
     UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants + first;
     for (size_t row = 0; row < PANEL_ROWS; row += 16) {
@@ -544,9 +544,10 @@ AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacki
             sum[t][0] = vnni ? taken_back : load_bytes_avx2(lacking + row);
             sum[t][1] = vnni ? taken_back : load_bytes_avx2(lacking + row + 8);
         }
-        // Columns come in 32s: four steps in a row need no end of the loop between them.
-        for (size_t k = 0; k < length; k += 16)
-            UNROLL for (size_t i = 0; i < 16; i += 4, four += step) {
+        // Columns come in 32s: with VNNI four steps in a row need no end of the loop between them; without, compilers would
+        // mix the steps and run out of registers.
+        for (size_t k = 0; k < length; k += columns)
+            UNROLL for (size_t i = 0; i < columns; i += 4, four += step) {
                 __m256i w0 = load_bytes_avx2(four), w1 = load_bytes_avx2(four + 32);
                 UNROLL for (size_t t = 0; t < n; t++) {
                     __m256i q = broadcast_quants_avx2(quants[t] + k + i);
