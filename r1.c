@@ -764,8 +764,6 @@ struct Kernels {
     // Half-precision cache rows.
     void (*half_to_float)(const uint16_t *half, float *out, size_t n);
     void (*float_to_half)(const float *x, uint16_t *half, size_t n);
-    // out[i] = scale * quants[i].
-    void (*int8_to_float)(const int8_t *quants, float scale, float *out, size_t n);
     // What `r1 bench` measures the processor's limits with: reads `count` bytes (a multiple of 256) and makes one number of
     // them; multiplies and adds int8 numbers that stand in registers, macs_per_round of them in a round.
     uint64_t (*read_probe)(const uint8_t *bytes, size_t count);
@@ -1159,11 +1157,6 @@ INLINE void float_to_half_body(const float *x, uint16_t *half, size_t n) {
     for (size_t i = 0; i < n; i++) half[i] = half_from_float(x[i]);
 }
 
-INLINE void int8_to_float_body(const int8_t *quants, float scale, float *out, size_t n) {
-#pragma omp simd
-    for (size_t i = 0; i < n; i++) out[i] = scale * (float)quants[i];
-}
-
 typedef uint64_t WideVector __attribute__((vector_size(64), may_alias));
 
 INLINE uint64_t read_probe_body(const uint8_t *bytes, size_t count) {
@@ -1207,7 +1200,6 @@ static const struct Kernels portable_kernels = {
     .silu_multiply = silu_multiply_body,
     .half_to_float = half_to_float_body,
     .float_to_half = float_to_half_body,
-    .int8_to_float = int8_to_float_body,
     .read_probe = read_probe_body,
     .multiply_probe = multiply_probe_portable,
     .macs_per_round = PORTABLE_PROBE_MACS,
@@ -1308,8 +1300,8 @@ struct FeedForwardJob {
 struct Worker {
     float *gate_tile, *up_tile;   // [batch][128] results of a product, or [512][256]
     float *gemm_weights;          // [512][128]
-    uint8_t *unpacked;            // [4 panels][512/4][32][4]
-    float *unpacked_scales;       // [4 panels][2][32]
+    uint8_t *unpacked;            // [512/4][32][4]
+    float *unpacked_scales;       // [2][32]
     float *gemm_inputs;           // [batch][512]
     struct Activations queries;   // [256][query dim, or kv_lora_rank + rope]
     float *mixed;                 // [256][value dim, or kv_lora_rank]
@@ -1436,6 +1428,37 @@ static void place_row(struct Activations *a, size_t row, size_t offset) {
 // The values of a row, to be written.
 static float *row_values(const struct Activations *a, size_t row) { return a->values + (a->rows[row].values - a->values); }
 
+// What one thread needs.
+static void lay_out_worker(const struct Session *s, struct Arena *arena, struct Worker *w) {
+    const struct ModelConfig *c = &s->model->config;
+    size_t batch = s->options.batch;
+    size_t key = max_size(query_dim(c), cache_key_dim(c)), value = padded(max_size(value_dim(c), c->kv_lora_rank));
+    size_t lora = c->kv_lora_rank, softmax_rows = max_size(ATTENTION_QUERIES, batch);
+    bool expands_q8 = is_mla(c) && s->options.cache == CACHE_Q8;
+    size_t query_rows = expands_q8 ? softmax_rows : ATTENTION_QUERIES, factor_rows = padded(c->qk_nope_head_dim) + padded(c->v_head_dim);
+    w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, HIDDEN_TOKENS) * K_BLOCK), 4);
+    w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * K_BLOCK, 4);
+    w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
+    w->unpacked = take(arena, GEMM_DEPTH * PANEL_ROWS, 1);
+    w->unpacked_scales = take(arena, GEMM_DEPTH / K_BLOCK * PANEL_ROWS, 4);
+    w->gemm_inputs = take(arena, batch * GEMM_DEPTH, 4);
+    take_activations(arena, &w->queries, query_rows, query_rows * row_stride(max_size(key, q8_key_cols(c))));
+    w->mixed = take(arena, query_rows * value, 4);
+    w->scores = take(arena, ATTENTION_QUERIES * CACHE_BLOCK, 4);
+    take_activations(arena, &w->shares, ATTENTION_QUERIES, ATTENTION_QUERIES * CACHE_BLOCK);
+    w->maxima = take(arena, softmax_rows, 4);
+    w->sums = take(arena, softmax_rows, 4);
+    w->keys = take(arena, ATTENTION_CHUNK * key, 4);
+    w->values = take(arena, ATTENTION_CHUNK * value, 4);
+    w->latents = take(arena, is_mla(c) ? ATTENTION_CHUNK * key : 0, 4);
+    w->key_factor = take(arena, lora * padded(c->qk_nope_head_dim), 4);
+    w->value_factor = take(arena, lora * padded(c->v_head_dim), 4);
+    take_activations(arena, &w->factors, expands_q8 ? factor_rows : 0, expands_q8 ? factor_rows * row_stride(lora) : 0);
+    w->expanded = take(arena, expands_q8 ? (factor_rows + padded(c->qk_rope_head_dim)) * PANEL_ROWS : 0, 4);
+    w->block_keys = take(arena, expands_q8 ? key_block_bytes(q8_expanded_key_cols(c)) : 0, 1);
+    w->block_values = take(arena, expands_q8 ? value_block_bytes(padded(c->v_head_dim)) : 0, 1);
+}
+
 static void lay_out_session(struct Session *s, struct Arena *arena, int threads) {
     const struct ModelConfig *c = &s->model->config;
     size_t batch = s->options.batch, hidden = c->hidden_size, heads = c->num_attention_heads;
@@ -1469,32 +1492,8 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
 
     s->workers = take(arena, (size_t)threads, sizeof *s->workers);
     for (int i = 0; i < threads; i++) {
-        struct Worker ignored, *w = s->workers ? &s->workers[i] : &ignored;
-        size_t key = max_size(query_dim(c), cache_key_dim(c)), value = padded(max_size(value_dim(c), c->kv_lora_rank));
-        size_t lora = c->kv_lora_rank, softmax_rows = max_size(ATTENTION_QUERIES, batch);
-        bool expands_q8 = is_mla(c) && s->options.cache == CACHE_Q8;
-        size_t query_rows = expands_q8 ? softmax_rows : ATTENTION_QUERIES, factor_rows = padded(c->qk_nope_head_dim) + padded(c->v_head_dim);
-        w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, HIDDEN_TOKENS) * K_BLOCK), 4);
-        w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * K_BLOCK, 4);
-        w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
-        w->unpacked = take(arena, GEMM_COLUMNS * GEMM_DEPTH, 1);
-        w->unpacked_scales = take(arena, GEMM_COLUMNS * GEMM_DEPTH / K_BLOCK, 4);
-        w->gemm_inputs = take(arena, batch * GEMM_DEPTH, 4);
-        take_activations(arena, &w->queries, query_rows, query_rows * row_stride(max_size(key, q8_key_cols(c))));
-        w->mixed = take(arena, query_rows * value, 4);
-        w->scores = take(arena, ATTENTION_QUERIES * CACHE_BLOCK, 4);
-        take_activations(arena, &w->shares, ATTENTION_QUERIES, ATTENTION_QUERIES * CACHE_BLOCK);
-        w->maxima = take(arena, softmax_rows, 4);
-        w->sums = take(arena, softmax_rows, 4);
-        w->keys = take(arena, ATTENTION_CHUNK * key, 4);
-        w->values = take(arena, ATTENTION_CHUNK * value, 4);
-        w->latents = take(arena, is_mla(c) ? ATTENTION_CHUNK * key : 0, 4);
-        w->key_factor = take(arena, lora * padded(c->qk_nope_head_dim), 4);
-        w->value_factor = take(arena, lora * padded(c->v_head_dim), 4);
-        take_activations(arena, &w->factors, expands_q8 ? factor_rows : 0, expands_q8 ? factor_rows * row_stride(lora) : 0);
-        w->expanded = take(arena, expands_q8 ? (factor_rows + padded(c->qk_rope_head_dim)) * PANEL_ROWS : 0, 4);
-        w->block_keys = take(arena, expands_q8 ? key_block_bytes(q8_expanded_key_cols(c)) : 0, 1);
-        w->block_values = take(arena, expands_q8 ? value_block_bytes(padded(c->v_head_dim)) : 0, 1);
+        struct Worker ignored;
+        lay_out_worker(s, arena, s->workers ? &s->workers[i] : &ignored);
     }
 
     size_t rows = s->options.context;
@@ -1680,13 +1679,11 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
                         worker->gemm_weights, (int)width, first ? 1 : 0, out, (int)stride);
             continue;
         }
-        const size_t scales = GEMM_DEPTH / K_BLOCK * PANEL_ROWS;
-        for (size_t p = 0; p < panels; p++)
-            s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_bytes, m->cols, first, depth,
-                                         worker->unpacked + p * GEMM_DEPTH * PANEL_ROWS, worker->unpacked_scales + p * scales);
-        for (size_t p = 0; p < panels; p++)
-            s->kernels->multiply_unpacked(worker->unpacked + p * GEMM_DEPTH * PANEL_ROWS, worker->unpacked_scales + p * scales, depth, x,
-                                          first, n, out + p * PANEL_ROWS, stride);
+        for (size_t p = 0; p < panels; p++) {
+            s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_bytes, m->cols, first, depth, worker->unpacked,
+                                         worker->unpacked_scales);
+            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x, first, n, out + p * PANEL_ROWS, stride);
+        }
     }
 }
 

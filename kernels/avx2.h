@@ -842,15 +842,6 @@ AVX2 static void rotate_columns_avx2(const float *x, size_t n, float *out) {
     }
 }
 
-AVX2 static void int8_to_float_avx2(const int8_t *quants, float scale, float *out, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(quants + i)));
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(wide)));
-    }
-    for (; i < n; i++) out[i] = scale * (float)quants[i];
-}
-
 // ---- what `r1 bench` measures the processor's limits with
 // A multiplying loop repeats one instruction on as many registers as it takes to hide that instruction's latency.
 
@@ -916,7 +907,6 @@ static bool has_avxvnni(void) {
         .silu_multiply = silu_multiply_avx2,                                                                            \
         .half_to_float = half_to_float_avx2,                                                                            \
         .float_to_half = float_to_half_avx2,                                                                            \
-        .int8_to_float = int8_to_float_avx2,                                                                            \
         .read_probe = read_probe_avx2,                                                                                  \
         .multiply_probe = probe,                                                                                        \
         .macs_per_round = macs,                                                                                         \

@@ -728,14 +728,6 @@ AVX512 static void rotate_columns_avx512(const float *x, size_t n, float *out) {
 }
 #undef ROTATE_STAGE
 
-AVX512 static void int8_to_float_avx512(const int8_t *quants, float scale, float *out, size_t n) {
-    for (size_t i = 0; i < n; i += 16) {
-        __mmask16 lanes = lanes_avx512(n - i);
-        __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, quants + i)));
-        _mm512_mask_storeu_ps(out + i, lanes, _mm512_mul_ps(_mm512_set1_ps(scale), values));
-    }
-}
-
 AVX512 static float find_maximum_avx512(const float *x, size_t n) { return find_maximum_body(x, n); }
 AVX512 static void quantize_keys_avx512(const float *x, size_t rows, uint8_t *block) { quantize_keys_body(x, rows, block); }
 AVX512 static void quantize_values_avx512(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels) {
@@ -768,7 +760,6 @@ static const struct Kernels avx512_kernels = {
     .silu_multiply = silu_multiply_avx512,
     .half_to_float = half_to_float_avx512,
     .float_to_half = float_to_half_avx512,
-    .int8_to_float = int8_to_float_avx512,
     .read_probe = read_probe_avx512,
     .multiply_probe = multiply_probe_avx512,
     .macs_per_round = 14 * 64,

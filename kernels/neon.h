@@ -687,7 +687,6 @@ static const struct Kernels neon_kernels = {
     .silu_multiply = silu_multiply_body,
     .half_to_float = half_to_float_neon,
     .float_to_half = float_to_half_body,
-    .int8_to_float = int8_to_float_body,
     .read_probe = read_probe_body,
     .multiply_probe = multiply_probe_neon,
     .macs_per_round = PORTABLE_PROBE_MACS,

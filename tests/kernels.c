@@ -548,18 +548,6 @@ static void test_conversions(const struct Kernels *table) {
         free(x), free(widened), free(narrowed);
     }
     report(table->name, "float_to_half, same bits as portable");
-
-    for (size_t c = 0; c < LENGTHS_COUNT; c++) {
-        size_t n = LENGTHS[c];
-        int8_t *quants = new_buffer(n, 0);
-        float *out = new_buffer(n * 4, 0), scale = next_float();
-        for (size_t i = 0; i < n; i++) quants[i] = (int8_t)next_bits();
-        table->int8_to_float(quants, scale, out, n);
-        for (size_t i = 0; i < n; i++)
-            EXPECT(out[i] == scale * (float)quants[i], "int8_to_float of %d: %.9g", quants[i], (double)out[i]);
-        free(quants), free(out);
-    }
-    report(table->name, "int8_to_float");
 }
 
 int main(int argc, char **argv) {

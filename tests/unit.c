@@ -426,6 +426,32 @@ static void test_synthetic(const char *path, const char *name, uint32_t layers) 
     model_close(file);
 }
 
+// Three threads' shares, taken by one or by two by turns, over two steps: every item once, and a thread's own share first.
+static void test_items(void) {
+    static struct Team team;
+    team.threads = 3;
+    for (unsigned step = 1; step <= 2; step++)
+        for (size_t count = 0; count < 20; count++)
+            for (int takers = 1; takers <= 2; takers++) {
+                size_t taken[20] = {0}, item, first, end, own = 0;
+                atomic_fetch_add(&team.epoch, 1);
+                struct Items items[2] = {share_items(&team, 1, count), share_items(&team, 2, count)};
+                static_share(&team, 1, count, &first, &end);
+                bool more[2] = {true, takers == 2};
+                for (size_t turn = 0; more[0] || more[1]; turn++) {
+                    if (!more[turn % 2] || !(more[turn % 2] = next_item(&items[turn % 2], &item))) continue;
+                    EXPECT(item < count, "item %zu of %zu", item, count);
+                    if (item < count) taken[item]++;
+                    if (turn % 2 == 0 && own < end - first) {
+                        EXPECT(item == first + own, "of %zu items thread 1 took %zu as its number %zu", count, item, own);
+                        own++;
+                    }
+                }
+                for (size_t i = 0; i < count; i++) EXPECT(taken[i] == 1, "item %zu of %zu was taken %zu times", i, count, taken[i]);
+            }
+    report("every item of a step is taken once, a thread's own share first");
+}
+
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc == 5 && strcmp(argv[1], "--synthetic") == 0) {
@@ -437,6 +463,7 @@ int main(int argc, char **argv) {
     test_formats();
     test_sampler();
     test_utf8_stream();
+    test_items();
     for (int i = 1; i < argc; i++) test_loader(argv[i]);
     for (int i = 1; i < argc; i++) test_forward(argv[i]);
     return any_failed;
