@@ -314,7 +314,7 @@ struct Matrix {
     const uint8_t *data;
     uint32_t dtype;
     size_t rows, cols;
-    size_t panel_bytes;           // from one panel of 32 rows to the next
+    size_t panel_step;            // bytes from one panel of 32 rows to the next
 };
 
 // `count` blobs of up to three matrices of the same shapes: a feed-forward network, a layer's experts, a factor per head.
@@ -397,6 +397,8 @@ static bool check_entry(const struct TensorEntry *entry, uint64_t data_start, ui
             return fail(error, "tensor %s: unknown dtype %u", name, entry->dtype[i]);
         if (entry->rows[i] < 1 || entry->rows[i] > MAX_VOCAB || entry->cols[i] < 1 || entry->cols[i] > MAX_VOCAB)
             return fail(error, "tensor %s: impossible shape [%" PRIu64 ", %" PRIu64 "]", name, entry->rows[i], entry->cols[i]);
+        if (i == 1 && (entry->rows[1] != entry->rows[0] || entry->cols[1] != entry->cols[0]))
+            return fail(error, "tensor %s: gate and up differ in shape", name);
         if (!entry->is_vector && entry->cols[i] % K_GROUP)
             return fail(error, "tensor %s: %" PRIu64 " columns, expected a multiple of %d", name, entry->cols[i], K_GROUP);
     }
@@ -435,7 +437,7 @@ static struct Matrix part_matrix(const struct Binder *binder, const struct Tenso
         .dtype = entry->dtype[part],
         .rows = entry->rows[part],
         .cols = entry->cols[part],
-        .panel_bytes = panel_bytes(entry->dtype[part], entry->cols[part]),
+        .panel_step = panel_step(entry, part),
     };
 }
 
@@ -1589,7 +1591,7 @@ static struct Matrix blob_matrix(const struct Blobs *blobs, unsigned part, size_
 
 // Reads one row of a matrix as floats: an embedding.
 static void read_row(const struct Matrix *m, size_t row, float *out) {
-    const uint8_t *panel = m->data + row / PANEL_ROWS * m->panel_bytes;
+    const uint8_t *panel = m->data + row / PANEL_ROWS * m->panel_step;
     size_t r = row % PANEL_ROWS;
     const uint8_t *block = panel + panel_head_bytes(m->dtype);
     for (size_t first = 0; first < m->cols; first += K_BLOCK) {
@@ -1626,7 +1628,7 @@ static void read_row(const struct Matrix *m, size_t row, float *out) {
 // Expands columns [first, first + depth) of a panel of float weights to out[k][r], stride floats from one k to the next.
 // first is a multiple of 256.
 static void expand_panel(const struct Matrix *m, size_t panel, size_t first, size_t depth, float *out, size_t stride) {
-    const uint8_t *data = m->data + panel * m->panel_bytes;
+    const uint8_t *data = m->data + panel * m->panel_step;
     if (m->dtype == DTYPE_F32) {
         const float *w = (const float *)(const void *)data + first * PANEL_ROWS;
         for (size_t k = 0; k < depth; k++) memcpy(out + k * stride, w + k * PANEL_ROWS, PANEL_ROWS * sizeof *w);
@@ -1654,7 +1656,7 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
     size_t width = panels * PANEL_ROWS;
     if (n <= EXACT_TOKENS) {
         for (size_t p = 0; p < panels; p++) {
-            const uint8_t *panel = m->data + (first_panel + p) * m->panel_bytes;
+            const uint8_t *panel = m->data + (first_panel + p) * m->panel_step;
             for (size_t t = 0; t < n; t += TILE_TOKENS) {
                 size_t count = min_size(TILE_TOKENS, n - t);
                 if (stride == PANEL_ROWS) {
@@ -1680,7 +1682,7 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
             continue;
         }
         for (size_t p = 0; p < panels; p++) {
-            s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_bytes, m->cols, first, depth, worker->unpacked,
+            s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_step, m->cols, first, depth, worker->unpacked,
                                          worker->unpacked_scales);
             s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x, first, n, out + p * PANEL_ROWS, stride);
         }
@@ -2182,7 +2184,7 @@ static void multiply_factor(const struct Session *s, const struct Matrix *factor
         struct Row rows[TILE_TOKENS];
         for (size_t i = 0; i < n; i++) rows[i] = (struct Row){.values = x + (t + i) * x_stride};
         for (size_t p = 0; p < panel_count(factor); p++) {
-            s->kernels->product[factor->dtype](factor->data + p * factor->panel_bytes, factor->cols, rows, n, tile);
+            s->kernels->product[factor->dtype](factor->data + p * factor->panel_step, factor->cols, rows, n, tile);
             size_t width = min_size(PANEL_ROWS, factor->rows - p * PANEL_ROWS);
             for (size_t i = 0; i < n; i++) memcpy(out + (t + i) * out_stride + p * PANEL_ROWS, tile + i * PANEL_ROWS, width * sizeof *tile);
         }
@@ -2495,8 +2497,8 @@ static void plan_jobs(struct Session *s, size_t layer) {
 
 // Asks for the beginning of a panel that is read soon: it takes the processor some kilobytes to see that a stream has begun.
 static void prefetch_panel(const struct Matrix *m, size_t panel) {
-    const uint8_t *start = m->data + panel * m->panel_bytes;
-    for (size_t i = 0; i < min_size(PANEL_PREFETCH, m->panel_bytes); i += 64) __builtin_prefetch(start + i);
+    const uint8_t *start = m->data + panel * m->panel_step;
+    for (size_t i = 0; i < min_size(PANEL_PREFETCH, m->panel_step); i += 64) __builtin_prefetch(start + i, 0, 2);
 }
 
 // An item of run_gate_up(): some rows of a job's result for some of its tokens. Of many tokens it has 256 rows, the k-block of
@@ -2523,7 +2525,6 @@ static void run_gate_up(struct Session *s, int thread) {
         size_t panels = many ? min_size(HIDDEN_PANELS, panel_count(&job->gate) - first_panel) : 1, columns = panels * PANEL_ROWS;
         for (size_t p = 0; p < panels; p += GEMM_PANELS) {
             size_t some = min_size(GEMM_PANELS, panels - p);
-            if (!many) prefetch_panel(&job->up, first_panel);
             multiply_tile(s, w, &job->gate, first_panel + p, some, job->inputs + first_token, n, w->gate_tile + p * PANEL_ROWS, columns);
             multiply_tile(s, w, &job->up, first_panel + p, some, job->inputs + first_token, n, w->up_tile + p * PANEL_ROWS, columns);
         }
@@ -2724,7 +2725,7 @@ static double active_bytes(const struct Model *model) {
     double bytes = 0, ignored = 0;
     count_active(model, &bytes);
     count_matrix(&model->head, 1, &ignored, &bytes);
-    return bytes + (double)model->embedding.panel_bytes / PANEL_ROWS;
+    return bytes + (double)model->embedding.panel_step / PANEL_ROWS;
 }
 
 // ====================================================================================================================

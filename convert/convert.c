@@ -890,7 +890,8 @@ static const Source *unit_source(const Planned *planned, uint64_t blob, unsigned
 static uint64_t unit_rows(const Planned *planned, unsigned part) {
     const struct TensorEntry *entry = &planned->entry;
     if (planned->layout != LAYOUT_PLAIN || entry->is_vector) return entry->rows[part];
-    return planned->rescaled[part] ? F8_BLOCK : PANEL_ROWS;
+    bool pair = entry->parts == ENTRY_MAX_PARTS && part < 2;      // gate and up go together
+    return planned->rescaled[part] || (pair && planned->rescaled[!part]) ? F8_BLOCK : PANEL_ROWS;
 }
 
 static void *carve(uint8_t *base, uint64_t *used, uint64_t bytes) {
@@ -1066,7 +1067,7 @@ static void pack_codes(const Unit *unit, uint64_t row, uint64_t cols, bool turn,
                 b->grid[((row + source_row) / F8_BLOCK - row / F8_BLOCK) * width + source_col / F8_BLOCK];
         }
         pack_f8_panel(codes + r * unit_cols, count, unit_cols, b->scales, out);
-        out += panel_bytes(DTYPE_F8, unit_cols);
+        out += panel_step(&unit->planned->entry, unit->part);
     }
 }
 
@@ -1110,7 +1111,7 @@ static bool convert_unit(const Reader *reader, const struct ModelConfig *config,
     for (uint64_t r = 0; r < unit->rows; r += PANEL_ROWS) {
         uint64_t count = unit->rows - r < PANEL_ROWS ? unit->rows - r : PANEL_ROWS;
         pack_panel(dtype, values + r * unit_cols, count, unit_cols, out, b.pack);
-        out += panel_bytes(dtype, unit_cols);
+        out += panel_step(entry, unit->part);
     }
     return true;
 }
@@ -1125,7 +1126,7 @@ static void fill_unit(const Unit *unit, uint8_t *out) {
     uint64_t first = unit->first_row / PANEL_ROWS, end = (unit->first_row + unit->rows) / PANEL_ROWS;
     for (uint64_t panel = first; panel < end; panel++) {
         fill_panel(entry, unit->part, panel_offset(entry, unit->blob, unit->part, panel), out);
-        out += panel_bytes(entry->dtype[unit->part], entry->cols[unit->part]);
+        out += panel_step(entry, unit->part);
     }
 }
 
@@ -1227,24 +1228,25 @@ static bool next_batch(const Plan *plan, Cursor *cursor, Batch *batch, Failure *
     batch->offset = cursor->offset;
     uint64_t end = cursor->offset;
     while (cursor->blob < entry->experts && end - batch->offset < BATCH_BYTES) {
-        unsigned part = cursor->part;
-        uint64_t rows = entry->rows[part] - cursor->row, most = unit_rows(planned, part);
+        unsigned first = cursor->part, parts = entry->parts == ENTRY_MAX_PARTS && first == 0 ? 2 : 1;   // gate and up go together
+        uint64_t rows = entry->rows[first] - cursor->row, most = unit_rows(planned, first);
         if (rows > most) rows = most;
-        if (batch->unit_count == batch->unit_capacity) {
+        if (batch->unit_count + parts > batch->unit_capacity) {
             size_t capacity = batch->unit_capacity ? batch->unit_capacity * 2 : 64;
             Unit *grown = realloc(batch->units, capacity * sizeof *grown);
             if (!grown) return fail(failure, "out of memory");
             batch->units = grown;
             batch->unit_capacity = capacity;
         }
-        uint64_t start = cursor->blob * entry->stride + part_offset(entry, part);
-        if (!entry->is_vector) start += cursor->row / PANEL_ROWS * panel_bytes(entry->dtype[part], entry->cols[part]);
-        batch->units[batch->unit_count++] = (Unit){planned, cursor->blob, start - batch->offset, part, cursor->row, rows};
+        for (unsigned part = first; part < first + parts; part++) {
+            uint64_t start = entry->is_vector ? 0 : panel_offset(entry, cursor->blob, part, cursor->row / PANEL_ROWS);
+            batch->units[batch->unit_count++] = (Unit){planned, cursor->blob, start - batch->offset, part, cursor->row, rows};
+        }
         cursor->row += rows;
-        end = entry->is_vector ? entry->bytes : start + matrix_bytes(entry->dtype[part], rows, entry->cols[part]);
-        if (cursor->row == entry->rows[part]) {
+        end = entry->is_vector ? entry->bytes : panel_offset(entry, cursor->blob, first, (cursor->row + PANEL_ROWS - 1) / PANEL_ROWS);
+        if (cursor->row == entry->rows[first]) {
             cursor->row = 0;
-            cursor->part++;
+            cursor->part += parts;
         }
         if (cursor->part == entry->parts) {
             cursor->part = 0;
@@ -1575,7 +1577,7 @@ static void print_plan(const Options *options, const Plan *plan) {
         uint64_t counted = 0;
         for (unsigned part = 0; part < entry->parts; part++) {
             Line *line = &lines[planned->role][entry->dtype[part]];
-            uint64_t bytes = (part_offset(entry, part + 1) - part_offset(entry, part)) * entry->experts;
+            uint64_t bytes = matrix_bytes(entry->dtype[part], entry->rows[part], entry->cols[part]) * entry->experts;
             if (part + 1 == entry->parts) bytes = entry->bytes - counted;   // with the padding behind an expert
             counted += bytes;
             line->tensors += planned->tensors / entry->parts;

@@ -22,7 +22,7 @@
 
 // The last four bytes show whether the file was mangled as text on its way.
 #define FORMAT_MAGIC "r1.c\r\n\x1a\n"
-#define FORMAT_VERSION 1
+#define FORMAT_VERSION 2
 #define FORMAT_PAGE 4096          // alignment of every tensor, and of every expert inside one
 
 struct FilePreamble {
@@ -196,8 +196,8 @@ static inline bool check_config(const struct ModelConfig *c, char *error) {
 
 #define ENTRY_MAX_PARTS 3
 
-// A tensor is `experts` blobs of `stride` bytes, each of `parts` matrices one behind the other (each part starts at a
-// multiple of 64). Most have one blob of one part. A feed-forward network is a blob of three parts: gate, up, down; the
+// A tensor is `experts` blobs of `stride` bytes, each of `parts` matrices. Most have one blob of one part. A feed-forward network
+// is a blob of three parts: gate and up, with as many rows, whose panels alternate, and down behind them at a multiple of 64; the
 // routed experts of a layer are n_routed_experts such blobs; the per-head factors of MLA are num_attention_heads blobs.
 //
 //   model.embed_tokens.weight [vocab, hidden]    model.norm.weight (vector)    lm_head.weight (absent when tied)
@@ -242,8 +242,8 @@ struct TensorEntry {
 //                            panel head: float scale[32], one a row
 //                            block head: uint8 sub[k-block / 32][32], one for each 32 columns and row;
 //                            value = scale * (int8)(sub & 0xfe) * (Q4_TABLE[nibble] + (sub & 1 ? Q4_SHIFT : 0))
-//   q6    [k/16] times 384 bytes: the nibbles of 16 columns as in q4, [2][32][4], then their tops, [32][4]: bits 2i and 2i + 1
-//                            of byte j belong to column 4i + j
+//   q6    [k/16] times 384 bytes: the tops of 16 columns, [32][4]: bits 2i and 2i + 1 of byte j belong to column 4i + j; then
+//                            their nibbles as in q4, [2][32][4]. In this order each weight is read where the one before ends
 //                            block head: float scale[32], one a row; value = scale * (16 * top + nibble - Q6_ZERO)
 //
 // q8, q4 and q6 hold the matrix in rotated columns: see below.
@@ -266,14 +266,14 @@ static const int8_t Q4_TABLE[16] = {-127, -91, -71, -56, -42, -31, -20, -10, 0, 
 // 0.024, but AVX2 cannot look up a table of 64.
 #define Q6_ZERO 32
 #define Q6_COLUMNS 16                                     // columns that lie together
-#define Q6_TOPS (Q6_COLUMNS / 2 * PANEL_ROWS)             // where their tops start: behind the nibbles
-#define Q6_BYTES (Q6_TOPS + Q6_COLUMNS / 4 * PANEL_ROWS)  // and where they end
+#define Q6_NIBBLES (Q6_COLUMNS / 4 * PANEL_ROWS)          // where their nibbles start: behind the tops
+#define Q6_BYTES (Q6_NIBBLES + Q6_COLUMNS / 2 * PANEL_ROWS)   // and where they end
 
 // The value, without its scale, at row r and column k of a k-block's values w.
 static inline int q6_value(const uint8_t *w, uint64_t r, uint64_t k) {
     const uint8_t *sixteen = w + k / Q6_COLUMNS * Q6_BYTES;
     uint64_t i = k % Q6_COLUMNS / 4, at = r * 4 + k % 4;
-    int nibble = sixteen[i / 2 * 4 * PANEL_ROWS + at] >> i % 2 * 4 & 15, top = sixteen[Q6_TOPS + at] >> i * 2 & 3;
+    int nibble = sixteen[Q6_NIBBLES + i / 2 * 4 * PANEL_ROWS + at] >> i % 2 * 4 & 15, top = sixteen[at] >> i * 2 & 3;
     return 16 * top + nibble - Q6_ZERO;
 }
 
@@ -383,17 +383,26 @@ static inline uint64_t rotation_width(uint64_t rest) {
 
 static inline uint64_t align_up(uint64_t value, uint64_t step) { return (value + step - 1) / step * step; }
 
-// Where part `part` starts inside a blob; with part == entry->parts, where the last one ends.
+// Bytes from one panel of a part to its next. The panels of gate and up alternate, so that a core that computes silu(gate) * up
+// panel by panel reads one stream, too.
+static inline uint64_t panel_step(const struct TensorEntry *entry, unsigned part) {
+    uint64_t bytes = panel_bytes(entry->dtype[part], entry->cols[part]);
+    if (entry->parts == ENTRY_MAX_PARTS && part < 2) bytes += panel_bytes(entry->dtype[!part], entry->cols[!part]);
+    return bytes;
+}
+
+// Where part `part` starts inside a blob.
 static inline uint64_t part_offset(const struct TensorEntry *entry, unsigned part) {
-    if (entry->is_vector) return part ? align_up(entry->cols[0] * 4, 64) : 0;
-    uint64_t offset = 0;
-    for (unsigned i = 0; i < part; i++) offset += align_up(matrix_bytes(entry->dtype[i], entry->rows[i], entry->cols[i]), 64);
-    return offset;
+    if (part == 0) return 0;
+    if (part == 1) return panel_bytes(entry->dtype[0], entry->cols[0]);
+    return align_up((entry->rows[0] + PANEL_ROWS - 1) / PANEL_ROWS * panel_step(entry, 0), 64);
 }
 
 // Bytes of one blob. An expert starts on a page of its own, so that one read brings it in.
 static inline uint64_t blob_bytes(const struct TensorEntry *entry) {
-    uint64_t bytes = part_offset(entry, entry->parts);
+    if (entry->is_vector) return align_up(entry->cols[0] * sizeof(float), 64);
+    unsigned last = entry->parts - 1u;
+    uint64_t bytes = part_offset(entry, last) + align_up(matrix_bytes(entry->dtype[last], entry->rows[last], entry->cols[last]), 64);
     return entry->parts == 3 && entry->experts > 1 ? align_up(bytes, FORMAT_PAGE) : bytes;
 }
 

@@ -150,8 +150,8 @@ static float pack_q6_block(const float *values, size_t count, size_t row, uint8_
         unsigned code = (unsigned)(clip_q6(round_to_int(values[k] * inverse)) + Q6_ZERO);
         uint8_t *sixteen = w + k / Q6_COLUMNS * Q6_BYTES;
         size_t i = k % Q6_COLUMNS / 4, at = row * 4 + k % 4;
-        sixteen[i / 2 * 4 * PANEL_ROWS + at] |= (uint8_t)((code & 15) << i % 2 * 4);
-        sixteen[Q6_TOPS + at] |= (uint8_t)(code >> 4 << i * 2);
+        sixteen[Q6_NIBBLES + i / 2 * 4 * PANEL_ROWS + at] |= (uint8_t)((code & 15) << i % 2 * 4);
+        sixteen[at] |= (uint8_t)(code >> 4 << i * 2);
     }
     return scale;
 }

@@ -237,7 +237,7 @@ static inline void fill_vector(const struct TensorEntry *entry, uint8_t *out) {
 
 // Where a panel starts in its tensor.
 static inline uint64_t panel_offset(const struct TensorEntry *entry, uint64_t blob, unsigned part, uint64_t panel) {
-    return blob * entry->stride + part_offset(entry, part) + panel * panel_bytes(entry->dtype[part], entry->cols[part]);
+    return blob * entry->stride + part_offset(entry, part) + panel * panel_step(entry, part);
 }
 
 // The panel of a part that starts `offset` bytes into the tensor. The scales undo the deviation of evenly distributed codes:

@@ -45,49 +45,28 @@ AVX512_INLINE __m512i broadcast_quants_avx512(const int8_t *quants) {
 
 // ---- products of a panel
 
-// Adds the products of four columns, [32][4], with n tokens to sum[t]: rows 0-15 and 16-31.
-AVX512_INLINE void add_columns_q8_avx512(__m512i (*sum)[2], const uint8_t *four, const int8_t *const *quants, size_t k,
-                                         const size_t n) {
-    const __m512i flip = _mm512_set1_epi8((char)0x80);
-    prefetch_weights(four);
-    __m512i w0 = _mm512_xor_si512(_mm512_loadu_si512(four), flip);
-    __m512i w1 = _mm512_xor_si512(_mm512_loadu_si512(four + 64), flip);
-    UNROLL for (size_t t = 0; t < n; t++) {
-        __m512i q = broadcast_quants_avx512(quants[t] + k);
-        sum[t][0] = add_byte_products_avx512(sum[t][0], w0, q);
-        sum[t][1] = add_byte_products_avx512(sum[t][1], w1, q);
-    }
-}
-
 // The instruction multiplies unsigned by signed bytes: weights get 128 added (their sign bit flipped), and the
 // accumulators start at -128 times the sum of the token's quants.
-//
-// An addition into an accumulator takes 4 to 5 cycles, so few tokens keep the processor busy only with a second set of
-// accumulators for every other four columns. Integers add up to the same sum in any order.
 AVX512_INLINE void product_q8_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
                                           float *out) {
-    const int8_t *quants[TILE_TOKENS];
-    UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants;
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
     for (size_t first = 0; first < cols; first += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - first);
         const float *scales = (const float *)(const void *)panel;          // [32]
         const uint8_t *w = panel + block_head_bytes(DTYPE_Q8, length);     // [length/4][32][4]
-        __m512i sum[TILE_TOKENS][2], other[TILE_TOKENS][2];
-        UNROLL for (size_t t = 0; t < n; t++) {
+        __m512i sum[TILE_TOKENS][2];
+        UNROLL for (size_t t = 0; t < n; t++)
             sum[t][0] = sum[t][1] = _mm512_set1_epi32(-128 * x[t].block_sums[first / K_BLOCK]);
-            other[t][0] = other[t][1] = _mm512_setzero_si512();
-        }
-        if (n < 4) {
-            for (size_t k = 0; k < length; k += 8) {
-                add_columns_q8_avx512(sum, w + k * PANEL_ROWS, quants, first + k, n);
-                add_columns_q8_avx512(other, w + (k + 4) * PANEL_ROWS, quants, first + k + 4, n);
-            }
+        for (size_t k = 0; k < length; k += 4) {
+            const uint8_t *four = w + k * PANEL_ROWS;
+            prefetch_weights(four);
+            __m512i w0 = _mm512_xor_si512(_mm512_loadu_si512(four), flip);
+            __m512i w1 = _mm512_xor_si512(_mm512_loadu_si512(four + 64), flip);
             UNROLL for (size_t t = 0; t < n; t++) {
-                sum[t][0] = _mm512_add_epi32(sum[t][0], other[t][0]);
-                sum[t][1] = _mm512_add_epi32(sum[t][1], other[t][1]);
+                __m512i q = broadcast_quants_avx512(x[t].quants + first + k);
+                sum[t][0] = add_byte_products_avx512(sum[t][0], w0, q);
+                sum[t][1] = add_byte_products_avx512(sum[t][1], w1, q);
             }
-        } else {
-            for (size_t k = 0; k < length; k += 4) add_columns_q8_avx512(sum, w + k * PANEL_ROWS, quants, first + k, n);
         }
         __m512 scale0 = _mm512_loadu_ps(scales), scale1 = _mm512_loadu_ps(scales + 16);
         UNROLL for (size_t t = 0; t < n; t++) {
@@ -193,9 +172,9 @@ AVX512_INLINE void product_q6_avx512_tile(const uint8_t *panel, size_t cols, con
             sum[t][0] = sum[t][1] = _mm512_set1_epi32(-Q6_ZERO * x[t].block_sums[first / K_BLOCK]);
         for (size_t k = first; k < first + length; k += Q6_COLUMNS, w += Q6_BYTES) {
             UNROLL for (size_t i = 0; i < Q6_BYTES; i += 128) prefetch_weights(w + i);
-            __m512i tops0 = _mm512_loadu_si512(w + Q6_TOPS), tops1 = _mm512_loadu_si512(w + Q6_TOPS + 64);
+            __m512i tops0 = _mm512_loadu_si512(w), tops1 = _mm512_loadu_si512(w + 64);
             UNROLL for (size_t i = 0; i < 4; i++) {
-                const uint8_t *eight = w + i / 2 * 4 * PANEL_ROWS;
+                const uint8_t *eight = w + Q6_NIBBLES + i / 2 * 4 * PANEL_ROWS;
                 __m512i w0 = join_q6_avx512(_mm512_loadu_si512(eight), tops0, i);
                 __m512i w1 = join_q6_avx512(_mm512_loadu_si512(eight + 64), tops1, i);
                 UNROLL for (size_t t = 0; t < n; t++) {
@@ -439,9 +418,10 @@ AVX512 static void unpack_q6_avx512(const uint8_t *panel, size_t cols, size_t fi
         block += block_head_bytes(DTYPE_Q6, length);
         for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
             UNROLL for (size_t half = 0; half < 128; half += 64) {
-                __m512i tops = _mm512_loadu_si512(block + Q6_TOPS + half);
+                __m512i tops = _mm512_loadu_si512(block + half);
                 UNROLL for (size_t i = 0; i < 4; i++) {
-                    __m512i codes = join_q6_avx512(_mm512_loadu_si512(block + i / 2 * 4 * PANEL_ROWS + half), tops, i);
+                    const uint8_t *eight = block + Q6_NIBBLES + i / 2 * 4 * PANEL_ROWS;
+                    __m512i codes = join_q6_avx512(_mm512_loadu_si512(eight + half), tops, i);
                     _mm512_storeu_si512(bytes + (k + 4 * i) * PANEL_ROWS + half, _mm512_add_epi8(codes, offset));
                 }
             }

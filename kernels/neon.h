@@ -300,9 +300,10 @@ INLINE void product_q6_neon_tile(const uint8_t *panel, size_t cols, const struct
             for (size_t k = 0; k < length; k += Q6_COLUMNS) {
                 const uint8_t *sixteen = w + k / Q6_COLUMNS * Q6_BYTES + row * 4;
                 UNROLL for (size_t v = 0; v < vectors; v++) {
-                    uint8x16_t tops = vld1q_u8(sixteen + Q6_TOPS + 16 * v);
+                    uint8x16_t tops = vld1q_u8(sixteen + 16 * v);
                     UNROLL for (size_t i = 0; i < 4; i++) {
-                        int8x16_t weights = join_q6_neon(vld1q_u8(sixteen + i / 2 * 4 * PANEL_ROWS + 16 * v), tops, i);
+                        const uint8_t *eight = sixteen + Q6_NIBBLES + i / 2 * 4 * PANEL_ROWS;
+                        int8x16_t weights = join_q6_neon(vld1q_u8(eight + 16 * v), tops, i);
                         UNROLL for (size_t t = 0; t < n; t++) {
                             const int8_t *q = x[t].quants + first + k + 4 * i;
                             sum[t][v] = add_byte_products_neon(sum[t][v], weights, broadcast_quants_neon(q), dotprod);
@@ -390,10 +391,10 @@ static void unpack_q6_neon(const uint8_t *panel, size_t cols, size_t first, size
         block += block_head_bytes(DTYPE_Q6, length);
         for (size_t k = 0; k < length; k += Q6_COLUMNS, block += Q6_BYTES)
             for (size_t row = 0; row < PANEL_ROWS; row += 4) {
-                uint8x16_t tops = vld1q_u8(block + Q6_TOPS + row * 4);
+                uint8x16_t tops = vld1q_u8(block + row * 4);
                 int8x16_t four[4];
                 UNROLL for (size_t i = 0; i < 4; i++)
-                    four[i] = join_q6_neon(vld1q_u8(block + i / 2 * 4 * PANEL_ROWS + row * 4), tops, i);
+                    four[i] = join_q6_neon(vld1q_u8(block + Q6_NIBBLES + i / 2 * 4 * PANEL_ROWS + row * 4), tops, i);
                 store_columns_neon(bytes + k * PANEL_ROWS, row, four[0], four[1]);
                 store_columns_neon(bytes + (k + 8) * PANEL_ROWS, row, four[2], four[3]);
             }

@@ -119,9 +119,9 @@ static void fill_test_panel(uint32_t dtype, uint8_t *panel, size_t cols, enum Pa
                                      : filling == TINY ? (unsigned)next_integer(Q6_ZERO - 3, Q6_ZERO + 3)
                                      : filling == EDGES ? (r & 1 ? 0 : 63)
                                                         : next_bits() & 63;
-                    uint8_t *nibble = w + k / 16 * 384 + k % 16 / 8 * 4 * PANEL_ROWS + r * 4 + k % 4;
+                    uint8_t *nibble = w + k / 16 * 384 + 4 * PANEL_ROWS + k % 16 / 8 * 4 * PANEL_ROWS + r * 4 + k % 4;
                     *nibble |= (uint8_t)((value & 15) << k % 8 / 4 * 4);
-                    w[k / 16 * 384 + 8 * PANEL_ROWS + r * 4 + k % 4] |= (uint8_t)(value >> 4 << k % 16 / 4 * 2);
+                    w[k / 16 * 384 + r * 4 + k % 4] |= (uint8_t)(value >> 4 << k % 16 / 4 * 2);
                     break;
                 }
                 case DTYPE_Q4:           // two columns a byte: every byte is written twice
@@ -152,9 +152,9 @@ static double panel_weight(uint32_t dtype, const uint8_t *panel, size_t cols, si
     }
     case DTYPE_Q8: return (double)scales[r] * (int8_t)w[j / 4 * 4 * PANEL_ROWS + r * 4 + j % 4];
     case DTYPE_Q6: {
-        uint8_t pair = w[j / 16 * 384 + j % 16 / 8 * 4 * PANEL_ROWS + r * 4 + j % 4];
+        uint8_t pair = w[j / 16 * 384 + 4 * PANEL_ROWS + j % 16 / 8 * 4 * PANEL_ROWS + r * 4 + j % 4];
         int nibble = j % 8 < 4 ? pair & 15 : pair >> 4;
-        int top = w[j / 16 * 384 + 8 * PANEL_ROWS + r * 4 + j % 4] >> j % 16 / 4 * 2 & 3;
+        int top = w[j / 16 * 384 + r * 4 + j % 4] >> j % 16 / 4 * 2 & 3;
         return (double)scales[r] * (16 * top + nibble - 32);
     }
     default: {

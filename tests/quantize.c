@@ -25,7 +25,7 @@ static double round_trip(uint32_t dtype, const float *rows, size_t row_count, si
     float *copy = malloc(row_count * cols * sizeof *copy), *back = malloc(cols * sizeof *back);
     memcpy(copy, rows, row_count * cols * sizeof *copy);
     pack_panel(dtype, copy, row_count, cols, panel, scratch);
-    struct Matrix matrix = {.data = panel, .dtype = dtype, .rows = row_count, .cols = cols, .panel_bytes = panel_bytes(dtype, cols)};
+    struct Matrix matrix = {.data = panel, .dtype = dtype, .rows = row_count, .cols = cols, .panel_step = panel_bytes(dtype, cols)};
     double error = 0, sum = 0;
     for (size_t r = 0; r < row_count; r++) {
         read_row(&matrix, r, back);
