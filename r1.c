@@ -3358,10 +3358,11 @@ static void fill_weights(void *argument, int thread) {
 // What the machine can do
 //
 // Decoding cannot be faster than memory is read, prefill not faster than integers are multiplied. `r1 bench` measures
-// both limits in the same run, with all threads, since machines differ and clouds share theirs.
+// these limits before and after every measurement, with all threads: machines differ, and a cloud moves its guests to
+// other cores while they run, which can change what they read in a second by half.
 // ====================================================================================================================
 
-#define PROBE_PASSES 5            // the best one counts
+#define PROBE_PASSES 3            // the best one counts
 #define PROBE_SECONDS 2.0         // after which there are no more passes
 #define PROBE_BYTES ((uint64_t)2 << 30)
 
@@ -3373,7 +3374,7 @@ struct Machine {
 struct Probe {
     struct Team *team;
     const struct Kernels *kernels;
-    uint8_t *bytes;
+    uint8_t *bytes;               // [count] to be read; NULL if there was no memory
     size_t count;
     uint64_t rounds;
     enum { PROBE_TOUCH, PROBE_READ, PROBE_MULTIPLY } what;
@@ -3382,17 +3383,21 @@ struct Probe {
 
 static void run_probe(void *argument, int thread) {
     struct Probe *probe = argument;
+    if (probe->what == PROBE_MULTIPLY) {
+        probe->kernels->multiply_probe(probe->rounds);
+        return;
+    }
     size_t first, end;
     static_share(probe->team, thread, probe->count / 4096, &first, &end);
     uint8_t *share = probe->bytes + first * 4096;
     size_t count = (end - first) * 4096;
     if (probe->what == PROBE_TOUCH) memset(share, 1, count);
-    if (probe->what == PROBE_READ) atomic_fetch_add(&probe->result, probe->kernels->read_probe(share, count));
-    if (probe->what == PROBE_MULTIPLY) probe->kernels->multiply_probe(probe->rounds);
+    else atomic_fetch_add(&probe->result, probe->kernels->read_probe(share, count));
 }
 
 // Seconds that all threads take for it, the best of a few times.
-static double time_probe(struct Probe *probe) {
+static double time_probe(struct Probe *probe, int what) {
+    probe->what = what;
     double best = INFINITY, began = clock_seconds();
     for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++) {
         double start = clock_seconds();
@@ -3402,24 +3407,26 @@ static double time_probe(struct Probe *probe) {
     return best;
 }
 
-static struct Machine measure_machine(struct Team *team, const struct Kernels *kernels) {
-    uint64_t available = available_memory();
-    struct Machine machine = {0};
-    struct Probe probe = {.team = team, .kernels = kernels, .rounds = 1000};
-    probe.count = (size_t)(available && available / 4 < PROBE_BYTES ? available / 4 : PROBE_BYTES) / 4096 * 4096;
+// Takes memory to read from, up to half of `room` bytes.
+static struct Probe open_probe(struct Team *team, const struct Kernels *kernels, uint64_t room) {
+    struct Probe probe = {.team = team, .kernels = kernels, .rounds = 1000, .what = PROBE_TOUCH};
+    probe.count = (size_t)(room / 2 < PROBE_BYTES ? room / 2 : PROBE_BYTES) / 4096 * 4096;
     probe.bytes = probe.count ? map_memory(probe.count) : NULL;
-    if (probe.bytes) {
-        team_run(team, run_probe, &probe);
-        probe.what = PROBE_READ;
-        machine.read_gb_s = (double)probe.count / time_probe(&probe) / 1e9;
-        munmap(probe.bytes, probe.count);
-    }
-    double seconds;
-    probe.count = 0;
-    probe.what = PROBE_MULTIPLY;
-    while ((seconds = time_probe(&probe)) < 0.02) probe.rounds *= 2;   // shorter is not exact
-    machine.int8_gmac_s = kernels->macs_per_round * (double)probe.rounds * team->threads / seconds / 1e9;
-    return machine;
+    if (probe.bytes) team_run(team, run_probe, &probe);
+    while (time_probe(&probe, PROBE_MULTIPLY) < 0.02) probe.rounds *= 2;   // shorter is not exact
+    return probe;
+}
+
+static void close_probe(struct Probe *probe) {
+    if (probe->bytes) munmap(probe->bytes, probe->count);
+}
+
+static double measure_reading(struct Probe *probe) {
+    return probe->bytes ? (double)probe->count / time_probe(probe, PROBE_READ) / 1e9 : 0;
+}
+
+static double measure_multiplying(struct Probe *probe) {
+    return probe->kernels->macs_per_round * (double)probe->rounds * probe->team->threads / time_probe(probe, PROBE_MULTIPLY) / 1e9;
 }
 
 // ====================================================================================================================
@@ -3429,7 +3436,7 @@ static struct Machine measure_machine(struct Team *team, const struct Kernels *k
 // cheapest are measured, as many as the time allows, and the others predicted from them.
 // ====================================================================================================================
 
-#define BENCH_REPETITIONS 3       // of a measurement; the median counts
+#define BENCH_REPETITIONS 5       // of a measurement; the median counts
 #define BENCH_PATIENCE 20.0       // see struct Bench
 #define BENCH_WARM_TOKENS 4
 
@@ -3439,7 +3446,8 @@ struct Bench {
     bool synthetic;
     double patience;              // a measurement that has taken this many seconds is not repeated
     double load_s;
-    struct Machine machine;
+    struct Probe probe;
+    struct Machine machine;       // as it was at the start
     struct Session *session;
     uint32_t *tokens;             // pseudo-random, as many as the longest prefill and decode take
 };
@@ -3494,7 +3502,8 @@ static void open_bench_session(struct Bench *bench) {
     if (bench->synthetic && available && needed > available)
         die("%s:%s does not fit in memory: it needs %.1f GB, %.1f GB are available; --layers N takes a slice", bench->model->name,
             dtype_name(c->recipe), (double)needed / 1e9, (double)available / 1e9);
-    bench->machine = measure_machine(command->team, command->kernels);
+    bench->probe = open_probe(command->team, command->kernels, available ? available - (needed < available ? needed : available) : 2 * PROBE_BYTES);
+    bench->machine = (struct Machine){measure_reading(&bench->probe), measure_multiplying(&bench->probe)};
     if (bench->synthetic) {
         double start = clock_seconds();
         team_run(command->team, fill_weights, &(struct Filling){command->team, bench->model});
@@ -3516,19 +3525,6 @@ static double time_once(const struct Bench *bench, bool decoding, size_t count, 
     return clock_seconds() - start;
 }
 
-// The median of a few times.
-static double time_tokens(const struct Bench *bench, bool decoding, size_t count, size_t depth) {
-    double seconds[BENCH_REPETITIONS], spent = time_once(bench, decoding, decoding ? BENCH_WARM_TOKENS : count, depth);
-    if (!decoding && spent > bench->patience) return spent;   // this was to warm up, but once is enough
-    size_t rounds = 0;
-    do {
-        seconds[rounds] = time_once(bench, decoding, count, depth);
-        spent += seconds[rounds++];
-    } while (rounds < BENCH_REPETITIONS && spent <= bench->patience);
-    qsort(seconds, rounds, sizeof *seconds, compare_doubles);
-    return (seconds[rounds / 2] + seconds[(rounds - 1) / 2]) / 2;
-}
-
 // Multiply-adds of weights in a prefill; the head's are for the last token alone.
 static double prefill_macs(const struct Model *model, size_t count) {
     return (double)count * active_weights(model) + (double)model->head.rows * (double)model->head.cols;
@@ -3541,23 +3537,46 @@ static const char *draw_bar(char *bar, int length, double fraction) {
     return bar;
 }
 
+// A speed against the machine's limit at that time.
+struct Speed {
+    double tok_s;
+    double rate, limit, fraction; // 10^9 bytes read, or multiply-adds of weights, a second; the most there can be; rate / limit
+};
+
+static int compare_speeds(const void *a, const void *b) {
+    return compare_doubles(&((const struct Speed *)a)->fraction, &((const struct Speed *)b)->fraction);
+}
+
+// The median of a few times, by the fraction; before and after each the limit is measured.
+static struct Speed measure_speed(struct Bench *bench, bool decoding, size_t count, size_t depth) {
+    double (*measure_limit)(struct Probe *) = decoding ? measure_reading : measure_multiplying;
+    double work = (decoding ? (double)count * active_bytes(bench->model) : prefill_macs(bench->model, count)) / 1e9;
+    struct Speed speeds[BENCH_REPETITIONS];
+    double spent = time_once(bench, decoding, decoding ? BENCH_WARM_TOKENS : count, depth), before = measure_limit(&bench->probe);
+    size_t rounds = 0;
+    do {
+        double seconds = time_once(bench, decoding, count, depth), after = measure_limit(&bench->probe), limit = (before + after) / 2;
+        speeds[rounds++] = (struct Speed){(double)count / seconds, work / seconds, limit, limit > 0 ? work / seconds / limit : 0};
+        spent += seconds;
+        before = after;
+    } while (rounds < BENCH_REPETITIONS && spent <= bench->patience);
+    qsort(speeds, rounds, sizeof *speeds, compare_speeds);
+    return speeds[rounds / 2];
+}
+
 // Measures, and prints a line or adds it to the list of the JSON object.
-static void measure_tokens(const struct Bench *bench, bool decoding, size_t count, size_t depth, json_t *list) {
-    const struct Model *model = bench->model;
-    double seconds = time_tokens(bench, decoding, count, depth), speed = (double)count / seconds;
-    double work = decoding ? (double)count * active_bytes(model) : prefill_macs(model, count);
-    double rate = work / seconds / 1e9, limit = decoding ? bench->machine.read_gb_s : bench->machine.int8_gmac_s;
-    double fraction = limit > 0 ? rate / limit : 0;
+static void measure_tokens(struct Bench *bench, bool decoding, size_t count, size_t depth, json_t *list) {
+    struct Speed speed = measure_speed(bench, decoding, count, depth);
     if (bench->command->json) {
-        json_t *row = decoding ? json_pack("{s:I, s:f, s:f, s:f, s:f}", "depth", (json_int_t)depth, "tok_s", speed, "bytes_per_token",
-                                           active_bytes(model), "gb_s", rate, "fraction", fraction)
-                               : json_pack("{s:I, s:I, s:f, s:f, s:f}", "tokens", (json_int_t)count, "depth", (json_int_t)depth, "tok_s", speed,
-                                           "gmac_s", rate, "fraction", fraction);
+        json_t *row = decoding ? json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "depth", (json_int_t)depth, "tok_s", speed.tok_s, "bytes_per_token",
+                                           active_bytes(bench->model), "gb_s", speed.rate, "limit", speed.limit, "fraction", speed.fraction)
+                               : json_pack("{s:I, s:I, s:f, s:f, s:f, s:f}", "tokens", (json_int_t)count, "depth", (json_int_t)depth, "tok_s",
+                                           speed.tok_s, "gmac_s", speed.rate, "limit", speed.limit, "fraction", speed.fraction);
         json_array_append_new(list, row);
         return;
     }
-    printf("%-8s %7zu %8zu %10.2f  %8.1f %-6s  %s %5.1f %%\n", decoding ? "decode" : "prefill", count, depth, speed, rate,
-           decoding ? "GB/s" : "GMAC/s", draw_bar((char[21]){0}, 20, fraction), 100 * fraction);
+    printf("%-8s %7zu %8zu %10.2f  %7.1f of %5.1f %-6s  %s %5.1f %%\n", decoding ? "decode" : "prefill", count, depth, speed.tok_s, speed.rate,
+           speed.limit, decoding ? "GB/s" : "GMAC/s", draw_bar((char[21]){0}, 20, speed.fraction), 100 * speed.fraction);
     flush_output();
 }
 
@@ -3569,12 +3588,13 @@ static void print_bench_head(const struct Bench *bench) {
            cache_names[command->cache]);
     printf("this machine: reads %.1f GB/s, multiplies %.0f int8 GMAC/s; %s in %.2f s\n\n", bench->machine.read_gb_s,
            bench->machine.int8_gmac_s, bench->synthetic ? "weights made up" : "loaded", bench->load_s);
-    printf("%-8s %7s %8s %10s  %15s  of the machine's\n", "", "tokens", "depth", "tok/s", "");
+    printf("%-8s %7s %8s %10s  %23s  of the machine's\n", "", "tokens", "depth", "tok/s", "");
     flush_output();
 }
 
 static void close_bench(struct Bench *bench) {
     free(bench->tokens);
+    close_probe(&bench->probe);
     session_free(bench->session);
     if (bench->synthetic) close_shape(bench->model);
     else model_close(bench->model);
@@ -3599,7 +3619,7 @@ struct TableRow {
     double weights, memory;       // bytes; memory: weights, cache and scratch
     double seconds;               // that measuring it will take, about
     double work[SPEEDS];          // a token takes: bytes read to decode it, multiply-adds of its prefill
-    double tok_s[SPEEDS], fraction[SPEEDS];   // tokens a second, and the share of the machine's limit that they come to
+    struct Speed speed[SPEEDS];
 };
 
 // Bytes of memory that a model may take; 4 GB where the system does not say what is available.
@@ -3631,23 +3651,20 @@ static int compare_memory(const void *a, const void *b) {
     return compare_doubles(&((const struct TableRow *)a)->memory, &((const struct TableRow *)b)->memory);
 }
 
-// Raises the limits to what they are found to be now.
-static void measure_row(const struct Command *command, struct TableRow *row, struct Machine *machine) {
+static void measure_row(const struct Command *command, struct TableRow *row) {
     char error[ERROR_BYTES];
     struct Bench bench = {.command = command, .synthetic = true, .patience = TABLE_PATIENCE};
     bench.model = model_of_shape(row->shape, row->type, command->uniform, command->layers, true, error);
     if (!bench.model) die("%s", error);
     open_bench_session(&bench);
-    machine->read_gb_s = fmax(machine->read_gb_s, bench.machine.read_gb_s);
-    machine->int8_gmac_s = fmax(machine->int8_gmac_s, bench.machine.int8_gmac_s);
-    row->tok_s[PREFILL] = TABLE_PROMPT / time_tokens(&bench, false, TABLE_PROMPT, 0);
-    row->tok_s[DECODE] = TABLE_DECODE / time_tokens(&bench, true, TABLE_DECODE, 0);
+    row->speed[PREFILL] = measure_speed(&bench, false, TABLE_PROMPT, 0);
+    row->speed[DECODE] = measure_speed(&bench, true, TABLE_DECODE, 0);
     row->measured = true;
     close_bench(&bench);
 }
 
 // Measures the rows that take the least time, as long as there is time and they leave a tenth of the memory and 0.5 GB free.
-static void measure_rows(const struct Command *command, struct TableRow *rows, struct Machine *machine, double seconds) {
+static void measure_rows(const struct Command *command, struct TableRow *rows, const struct Machine *machine, double seconds) {
     double started = clock_seconds(), passed;
     for (struct TableRow *row = rows; row < rows + TABLE_ROWS; row++)   // weights are made up more slowly than they are read
         row->seconds = (8 * row->weights + 4 * TABLE_DECODE * row->work[DECODE]) / machine->read_gb_s / 1e9 +
@@ -3658,7 +3675,7 @@ static void measure_rows(const struct Command *command, struct TableRow *rows, s
         char what[128];
         snprintf(what, sizeof what, "measuring %s; the table", row->name);
         show_progress(command, what, passed, seconds, started);
-        measure_row(command, row, machine);
+        measure_row(command, row);
     }
     end_progress(command);
 }
@@ -3669,15 +3686,15 @@ static void complete_row(struct TableRow *row, const struct TableRow *rows, cons
     const struct TableRow *like = NULL;
     int most_alike = 0;
     for (const struct TableRow *other = rows; other < rows + TABLE_ROWS; other++) {
-        int alike = 4 * (other == row) + 2 * (other->has_experts == row->has_experts) + (other->type == row->type);
+        int alike = 2 * (other->has_experts == row->has_experts) + (other->type == row->type);
         if (!other->measured || alike < most_alike) continue;
         like = other;
         most_alike = alike;
     }
     const double limits[SPEEDS] = {machine->read_gb_s * 1e9, machine->int8_gmac_s * 1e9};
-    for (int i = DECODE; i < SPEEDS; i++) {
-        row->fraction[i] = like ? like->tok_s[i] * like->work[i] / limits[i] : 1;
-        row->tok_s[i] = row->fraction[i] * limits[i] / row->work[i];
+    for (int i = DECODE; i < SPEEDS && !row->measured; i++) {
+        double fraction = like ? like->speed[i].fraction : 1;
+        row->speed[i] = (struct Speed){.tok_s = fraction * limits[i] / row->work[i], .fraction = fraction};
     }
 }
 
@@ -3685,10 +3702,10 @@ static void print_row(const struct TableRow *row) {
     printf("%-24s %8s", row->name, BYTES(row->memory));
     for (int i = DECODE; i < SPEEDS; i++) {
         char text[32];
-        double tok_s = row->tok_s[i];
+        double tok_s = row->speed[i].tok_s;
         snprintf(text, sizeof text, "%s%.*f", row->measured ? "" : "~", tok_s >= 100 ? 0 : tok_s >= 10 ? 1 : 2, tok_s);
         printf("  %8s", text);
-        if (row->measured) printf("  %s %3.0f %%", draw_bar((char[15]){0}, 14, row->fraction[i]), 100 * row->fraction[i]);
+        if (row->measured) printf("  %s %3.0f %%", draw_bar((char[15]){0}, 14, row->speed[i].fraction), 100 * row->speed[i].fraction);
         else if (i == DECODE) printf("%22s", "");
     }
     putchar('\n');
@@ -3699,7 +3716,9 @@ static int bench_all(const struct Command *command) {
     struct TableRow rows[TABLE_ROWS];
     for (size_t i = 0; i < TABLE_ROWS; i++) rows[i] = count_row(command, &known_shapes[i / 2], i % 2 ? DTYPE_Q8 : DTYPE_Q4);
     if (seconds > 0) note(command, "measuring for %.0f seconds at most (--seconds)", seconds);
-    struct Machine machine = measure_machine(command->team, command->kernels);
+    struct Probe probe = open_probe(command->team, command->kernels, (uint64_t)room / 2);
+    struct Machine machine = {measure_reading(&probe), measure_multiplying(&probe)};
+    close_probe(&probe);
     measure_rows(command, rows, &machine, seconds);
     qsort(rows, TABLE_ROWS, sizeof *rows, compare_memory);
     printf("%" PRIu64 " thread%s, %s: reads %.1f GB/s, multiplies %.0f int8 GMAC/s; %s of memory available%s\n\n", command->threads,
