@@ -2545,19 +2545,23 @@ static void quantize_hidden(struct Session *s, int thread) {
             if (row % (size_t)s->team->threads == (size_t)thread) quantize_activations(s, &s->hidden, row, s->jobs[j].gate.rows);
 }
 
+#define DOWN_PANELS 8             // most panels of an item for few tokens
+
 // x += sum over the jobs of weight * (down * hidden). An item is some rows of the result and goes through the jobs in
 // order, so that every sum has one order of additions. All threads call it.
 static void run_down(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
     size_t hidden = s->model->config.hidden_size, panels_in_all = ceil_div(hidden, PANEL_ROWS), item;
-    size_t width = panels_per_item(s->n);
+    // Of few tokens, too, as many panels as leave each thread some items: a processor needs tens of kilobytes of a job's to read
+    // them at full speed.
+    size_t width = s->n > EXACT_TOKENS ? GEMM_PANELS : min_size(DOWN_PANELS, max_size(panels_in_all / (4 * (size_t)s->team->threads), 1));
     struct Items items = share_items(s->team, thread, ceil_div(panels_in_all, width));
     while (next_item(&items, &item)) {
         size_t panels = min_size(width, panels_in_all - item * width), columns = panels * PANEL_ROWS;
         size_t first_row = item * width * PANEL_ROWS, rows = min_size(columns, hidden - first_row);
         for (size_t j = 0; j < s->job_count; j++) {
             const struct FeedForwardJob *job = &s->jobs[j];
-            if (s->n <= EXACT_TOKENS && j + 1 < s->job_count) prefetch_panel(&job[1].down, item);
+            if (s->n <= EXACT_TOKENS && j + 1 < s->job_count) prefetch_panel(&job[1].down, item * width);
             multiply_tile(s, w, &job->down, item * width, panels, job->hidden, job->n, w->gate_tile, columns);
             for (size_t i = 0; i < job->n; i++) {
                 float *x = s->x + job->tokens[i] * hidden + first_row;
