@@ -736,7 +736,7 @@ typedef void PanelUnpacking(const uint8_t *panel, size_t cols, size_t first, siz
 
 struct Kernels {
     const char *name;
-    PanelProduct *product[DTYPE_COUNT];   // by dtype
+    PanelProduct *product[DTYPE_COUNT + 1];   // by dtype; the last is DTYPE_F16
     PanelUnpacking *unpack[DTYPE_COUNT];  // of q8, q4 and q6
     // out[t * stride + r] += sum over `depth` unpacked columns k of weight(r, k) * x[t](first + k), for any n.
     void (*multiply_unpacked)(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n,
@@ -748,13 +748,9 @@ struct Kernels {
     void (*rotate_columns)(const float *x, size_t n, float *out);
     // Sum of x[i] * y[i].
     float (*dot)(const float *x, const float *y, size_t n);
-    // scores[j] = dot(q, rows[j]) for `count` rows of `cols` floats, row_stride floats apart.
-    void (*score_rows)(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols, float *scores);
-    // out[c] += sum over j of weights[j] * rows[j][c].
-    void (*mix_rows)(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols, float *out);
     // The largest of n numbers, -infinity of none.
     float (*find_maximum)(const float *x, size_t n);
-    // Quantises 32 columns of x [rows][32], each with a scale of its own: what a block of 256 positions of a q8 cache holds
+    // Quantises 32 columns of x [rows][32], each with a scale of its own: what a block of 256 positions like a q8 cache's holds
     // of keys (rows <= 256, a multiple of 32: a k-block of a q8 panel) and of values (its place is that of positions first
     // to first + 31; rows a multiple of 32).
     void (*quantize_keys)(const float *x, size_t rows, uint8_t *block);
@@ -763,8 +759,7 @@ struct Kernels {
     float (*exp_row)(float *x, float maximum, size_t n);
     // gate[i] = silu(gate[i]) * up[i], silu(g) = g / (1 + exp(-g)).
     void (*silu_multiply)(float *gate, const float *up, size_t n);
-    // Half-precision cache rows.
-    void (*half_to_float)(const uint16_t *half, float *out, size_t n);
+    // What a half-precision cache holds.
     void (*float_to_half)(const float *x, uint16_t *half, size_t n);
     // What `r1 bench` measures the processor's limits with: reads `count` bytes (a multiple of 256) and makes one number of
     // them; multiplies and adds int8 numbers that stand in registers, macs_per_round of them in a round.
@@ -854,6 +849,16 @@ static void product_bf16(const uint8_t *panel, size_t cols, const struct Row *x,
         for (size_t k = 0; k < cols; k++)
             for (size_t r = 0; r < PANEL_ROWS; r++)
                 sum[r] += float_from_bf16(w[k / 2 * 2 * PANEL_ROWS + r * 2 + k % 2]) * x[t].values[k];
+        memcpy(out + t * PANEL_ROWS, sum, sizeof sum);
+    }
+}
+
+static void product_f16(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {
+    const uint16_t *w = (const uint16_t *)(const void *)panel;   // [cols][32]
+    for (size_t t = 0; t < n; t++) {
+        float sum[PANEL_ROWS] = {0};
+        for (size_t k = 0; k < cols; k++)
+            for (size_t r = 0; r < PANEL_ROWS; r++) sum[r] += float_from_half(w[k * PANEL_ROWS + r]) * x[t].values[k];
         memcpy(out + t * PANEL_ROWS, sum, sizeof sum);
     }
 }
@@ -1064,19 +1069,6 @@ INLINE float dot_body(const float *x, const float *y, size_t n) {
     return sum;
 }
 
-INLINE void score_rows_body(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols, float *scores) {
-    for (size_t j = 0; j < count; j++) scores[j] = dot_body(q, rows + j * row_stride, cols);
-}
-
-INLINE void mix_rows_body(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols, float *out) {
-    for (size_t j = 0; j < count; j++) {
-        const float *row = rows + j * row_stride;
-        float weight = weights[j];
-#pragma omp simd
-        for (size_t c = 0; c < cols; c++) out[c] += weight * row[c];
-    }
-}
-
 INLINE float find_maximum_body(const float *x, size_t n) {
     float largest[16], all = -INFINITY;
     for (size_t i = 0; i < 16; i++) largest[i] = -INFINITY;
@@ -1151,10 +1143,6 @@ INLINE void silu_multiply_body(float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_float(-gate[i])) * up[i];
 }
 
-INLINE void half_to_float_body(const uint16_t *half, float *out, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = float_from_half(half[i]);
-}
-
 INLINE void float_to_half_body(const float *x, uint16_t *half, size_t n) {
     for (size_t i = 0; i < n; i++) half[i] = half_from_float(x[i]);
 }
@@ -1187,20 +1175,17 @@ static void multiply_probe_portable(uint64_t rounds) {
 static const struct Kernels portable_kernels = {
     .name = "portable",
     .product = {[DTYPE_F32] = product_f32, [DTYPE_BF16] = product_bf16, [DTYPE_F8] = product_f8, [DTYPE_Q8] = product_q8,
-                [DTYPE_Q4] = product_q4, [DTYPE_Q6] = product_q6},
+                [DTYPE_Q4] = product_q4, [DTYPE_Q6] = product_q6, [DTYPE_F16] = product_f16},
     .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4, [DTYPE_Q6] = unpack_q6},
     .multiply_unpacked = multiply_unpacked,
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_body,
     .dot = dot_body,
-    .score_rows = score_rows_body,
-    .mix_rows = mix_rows_body,
     .find_maximum = find_maximum_body,
     .quantize_keys = quantize_keys_body,
     .quantize_values = quantize_values_body,
     .exp_row = exp_row_body,
     .silu_multiply = silu_multiply_body,
-    .half_to_float = half_to_float_body,
     .float_to_half = float_to_half_body,
     .read_probe = read_probe_body,
     .multiply_probe = multiply_probe_portable,
@@ -1264,9 +1249,9 @@ static const char *const cache_names[] = {"f32", "f16", "q8"};
 #define GEMM_COLUMNS (GEMM_PANELS * PANEL_ROWS)
 #define GEMM_DEPTH 512            // columns of one OpenBLAS product, or of the panels unpacked at a time
 #define HIDDEN_TOKENS 512         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
-#define ATTENTION_CHUNK 64        // positions of a float cache that attention takes at a time, always from a multiple of it
 #define MAX_KEY_COLS 5120         // of a cache: 4096 + 1024 of MLA (format.h's limits)
-#define CACHE_BLOCK 256           // positions of a block of a q8 cache
+#define CACHE_BLOCK 256           // positions of a block of the cache, which attention takes at a time
+#define CACHE_SPAN 4096           // positions that one thread goes through for few tokens; a multiple of CACHE_BLOCK
 #define ATTENTION_QUERIES 256     // most queries (tokens times heads) of one piece of attention work
 #define MAX_BATCH 16384
 
@@ -1305,18 +1290,15 @@ struct Worker {
     uint8_t *unpacked;            // [512/4][32][4]
     float *unpacked_scales;       // [2][32]
     float *gemm_inputs;           // [batch][512]
-    struct Activations queries;   // [256][query dim, or kv_lora_rank + rope]
-    float *mixed;                 // [256][value dim, or kv_lora_rank]
-    float *scores;                // [256][64], of a q8 cache [256][256]
-    struct Activations shares;    // [256][256] q8 cache: the softmax of the scores
+    struct Activations queries;   // [256, or batch][query dim, or kv_lora_rank + rope]
+    float *mixed;                 // as many [value dim, or kv_lora_rank]
+    struct Activations shares;    // [256][256] scores of the queries, and the softmax of them
     float *maxima, *sums;         // [max(256, batch)] of the softmax of each query
-    float *keys, *values;         // [64][dim] a piece of the cache as floats
-    float *latents;               // [64][kv_lora_rank + rope] MLA: the piece before it is expanded
-    float *key_factor;            // [kv_lora_rank][nope] MLA: a head's factors as floats
+    // MLA where keys and values are expanded
+    float *key_factor;            // [kv_lora_rank][nope] a head's factors as floats
     float *value_factor;          // [kv_lora_rank][v_head_dim]
-    // MLA with a q8 cache, where keys and values are expanded
-    struct Activations factors;   // [nope + v_head_dim][kv_lora_rank] a head's factors, quantised
-    float *expanded;              // [nope + rope + v_head_dim][32] keys and values of 32 positions
+    struct Activations factors;   // [v_head_dim + nope][kv_lora_rank] the same as rows
+    float *expanded;              // [v_head_dim + nope + rope][32] values and keys of 32 positions
     uint8_t *block_keys, *block_values;   // a block like one of the cache
 };
 
@@ -1363,8 +1345,12 @@ struct Session {
     size_t *expert_visits;        // [experts + 1]
 
     uint8_t *cache;
-    size_t key_row_bytes, value_row_bytes;   // of one position and head, or of 256 in a q8 cache
+    uint32_t cache_dtype;         // enum Dtype
+    size_t key_block_bytes, value_block_bytes;   // of 256 positions of a head
     size_t cache_values, cache_layer_bytes;  // where a layer's values begin, and its end
+
+    float *span_mixed;            // [spans][16][heads][value dim, or kv_lora_rank] what each span of the cache gave
+    float *span_maxima, *span_sums;          // [spans][16][heads]
 
     struct Worker *workers;       // [threads]
     void *arena;
@@ -1375,26 +1361,23 @@ struct MemoryPlan {
     uint64_t weights, cache, scratch;   // bytes
 };
 
-static size_t cache_row_bytes(enum CacheType type, size_t cols) { return type == CACHE_F32 ? cols * 4 : align_up(cols * 2, 4); }
-
-// Values of a key and a value in the cache, per position and head of the cache. MLA keeps one latent with the rotated
-// part of the key behind it, shared by all heads, and no values.
-static size_t cache_heads(const struct ModelConfig *c) { return is_mla(c) ? 1 : c->num_key_value_heads; }
-static size_t cache_key_dim(const struct ModelConfig *c) { return is_mla(c) ? (size_t)c->kv_lora_rank + c->qk_rope_head_dim : c->head_dim; }
-static size_t cache_value_dim(const struct ModelConfig *c) { return is_mla(c) ? 0 : c->head_dim; }
-
-// A q8 cache pads keys and values to multiples of 32, a latent and its rotated part each; the latents are kept twice, as
-// keys and as values.
+// Columns of keys and values in the cache. MLA has one latent with the rotated part of the key behind it, shared by all heads,
+// and the latent again as value. Values are padded to panels; q8 pads keys, too, a latent and its rotated part each.
 static size_t padded(size_t cols) { return align_up(cols, PANEL_ROWS); }
-static size_t q8_key_cols(const struct ModelConfig *c) {
-    return is_mla(c) ? padded(c->kv_lora_rank) + padded(c->qk_rope_head_dim) : padded(c->head_dim);
+static size_t key_columns(uint32_t dtype, size_t cols, size_t rest) { return dtype == DTYPE_Q8 ? padded(cols) + padded(rest) : cols + rest; }
+static size_t cache_heads(const struct ModelConfig *c) { return is_mla(c) ? 1 : c->num_key_value_heads; }
+static size_t cache_key_cols(const struct ModelConfig *c, uint32_t dtype) {
+    return is_mla(c) ? key_columns(dtype, c->kv_lora_rank, c->qk_rope_head_dim) : key_columns(dtype, c->head_dim, 0);
 }
-static size_t q8_value_cols(const struct ModelConfig *c) { return padded(is_mla(c) ? c->kv_lora_rank : c->head_dim); }
-static size_t q8_expanded_key_cols(const struct ModelConfig *c) { return padded(c->qk_nope_head_dim) + padded(c->qk_rope_head_dim); }
-static size_t key_block_bytes(size_t cols) { return CACHE_BLOCK / PANEL_ROWS * panel_bytes(DTYPE_Q8, cols); }
-static size_t value_block_bytes(size_t cols) {
-    return CACHE_BLOCK * sizeof(float) + cols / PANEL_ROWS * panel_bytes(DTYPE_Q8, CACHE_BLOCK);
-}
+static size_t cache_value_cols(const struct ModelConfig *c) { return padded(is_mla(c) ? c->kv_lora_rank : c->head_dim); }
+
+// Bytes of a block of the cache, and those in front of its values' panels: a q8 cache's scales.
+static size_t key_block_bytes(uint32_t dtype, size_t cols) { return CACHE_BLOCK / PANEL_ROWS * panel_bytes(dtype, cols); }
+static size_t value_head_bytes(uint32_t dtype) { return dtype == DTYPE_Q8 ? CACHE_BLOCK * sizeof(float) : 0; }
+static size_t value_block_bytes(uint32_t dtype, size_t cols) { return value_head_bytes(dtype) + cols / PANEL_ROWS * panel_bytes(dtype, CACHE_BLOCK); }
+
+// Of MLA's expanded keys and values.
+static uint32_t expanded_dtype(uint32_t cache_dtype) { return cache_dtype == DTYPE_Q8 ? DTYPE_Q8 : DTYPE_F32; }
 
 struct Arena {
     uint8_t *base;                // NULL: only count
@@ -1434,31 +1417,27 @@ static float *row_values(const struct Activations *a, size_t row) { return a->va
 static void lay_out_worker(const struct Session *s, struct Arena *arena, struct Worker *w) {
     const struct ModelConfig *c = &s->model->config;
     size_t batch = s->options.batch;
-    size_t key = max_size(query_dim(c), cache_key_dim(c)), value = padded(max_size(value_dim(c), c->kv_lora_rank));
-    size_t lora = c->kv_lora_rank, softmax_rows = max_size(ATTENTION_QUERIES, batch);
-    bool expands_q8 = is_mla(c) && s->options.cache == CACHE_Q8;
-    size_t query_rows = expands_q8 ? softmax_rows : ATTENTION_QUERIES, factor_rows = padded(c->qk_nope_head_dim) + padded(c->v_head_dim);
+    size_t lora = c->kv_lora_rank, nope = padded(c->qk_nope_head_dim), rope = padded(c->qk_rope_head_dim), value = padded(c->v_head_dim);
+    size_t query_rows = is_mla(c) ? max_size(ATTENTION_QUERIES, batch) : ATTENTION_QUERIES;
+    uint32_t dtype = expanded_dtype(s->cache_dtype);
     w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, HIDDEN_TOKENS) * K_BLOCK), 4);
     w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * K_BLOCK, 4);
     w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
     w->unpacked = take(arena, GEMM_DEPTH * PANEL_ROWS, 1);
     w->unpacked_scales = take(arena, GEMM_DEPTH / K_BLOCK * PANEL_ROWS, 4);
     w->gemm_inputs = take(arena, batch * GEMM_DEPTH, 4);
-    take_activations(arena, &w->queries, query_rows, query_rows * row_stride(max_size(key, q8_key_cols(c))));
-    w->mixed = take(arena, query_rows * value, 4);
-    w->scores = take(arena, ATTENTION_QUERIES * CACHE_BLOCK, 4);
+    take_activations(arena, &w->queries, query_rows, query_rows * row_stride(max_size(nope + rope, cache_key_cols(c, DTYPE_Q8))));
+    w->mixed = take(arena, query_rows * max_size(value, cache_value_cols(c)), 4);
     take_activations(arena, &w->shares, ATTENTION_QUERIES, ATTENTION_QUERIES * CACHE_BLOCK);
-    w->maxima = take(arena, softmax_rows, 4);
-    w->sums = take(arena, softmax_rows, 4);
-    w->keys = take(arena, ATTENTION_CHUNK * key, 4);
-    w->values = take(arena, ATTENTION_CHUNK * value, 4);
-    w->latents = take(arena, is_mla(c) ? ATTENTION_CHUNK * key : 0, 4);
-    w->key_factor = take(arena, lora * padded(c->qk_nope_head_dim), 4);
-    w->value_factor = take(arena, lora * padded(c->v_head_dim), 4);
-    take_activations(arena, &w->factors, expands_q8 ? factor_rows : 0, expands_q8 ? factor_rows * row_stride(lora) : 0);
-    w->expanded = take(arena, expands_q8 ? (factor_rows + padded(c->qk_rope_head_dim)) * PANEL_ROWS : 0, 4);
-    w->block_keys = take(arena, expands_q8 ? key_block_bytes(q8_expanded_key_cols(c)) : 0, 1);
-    w->block_values = take(arena, expands_q8 ? value_block_bytes(padded(c->v_head_dim)) : 0, 1);
+    w->maxima = take(arena, query_rows, 4);
+    w->sums = take(arena, query_rows, 4);
+    if (!is_mla(c)) return;
+    w->key_factor = take(arena, lora * nope, 4);
+    w->value_factor = take(arena, lora * value, 4);
+    take_activations(arena, &w->factors, value + nope, (value + nope) * row_stride(lora));
+    w->expanded = take(arena, (value + nope + rope) * PANEL_ROWS, 4);
+    w->block_keys = take(arena, key_block_bytes(dtype, nope + rope), 1);
+    w->block_values = take(arena, value_block_bytes(dtype, value), 1);
 }
 
 static void lay_out_session(struct Session *s, struct Arena *arena, int threads) {
@@ -1468,6 +1447,7 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     size_t routed_columns = visits * row_stride(c->moe_intermediate_size) +
                             (c->n_shared_experts ? row_stride((size_t)c->n_shared_experts * c->moe_intermediate_size) : 0);
     size_t hidden_columns = max_size(routed_columns, row_stride(c->intermediate_size));
+    s->cache_dtype = (const uint32_t[]){[CACHE_F32] = DTYPE_F32, [CACHE_F16] = DTYPE_F16, [CACHE_Q8] = DTYPE_Q8}[s->options.cache];
 
     s->inverse_frequencies = take(arena, rope_dim(c) / 2, sizeof *s->inverse_frequencies);
     s->logits = take(arena, s->options.logits_rows * c->vocab_size, 4);
@@ -1484,7 +1464,7 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     s->k = take(arena, is_mla(c) ? 0 : batch * c->num_key_value_heads * c->head_dim, 4);
     s->v = take(arena, is_mla(c) ? 0 : batch * c->num_key_value_heads * c->head_dim, 4);
     s->q_latent = take(arena, batch * c->q_lora_rank, 4);
-    s->kv_latent = take(arena, is_mla(c) ? batch * cache_key_dim(c) : 0, 4);
+    s->kv_latent = take(arena, is_mla(c) ? batch * cache_key_cols(c, DTYPE_F32) : 0, 4);
     s->router_logits = take(arena, batch * c->n_routed_experts, 4);
     s->jobs = take(arena, (size_t)c->n_routed_experts + 1, sizeof *s->jobs);
     s->job_tokens = take(arena, batch * (visits + 1), 4);
@@ -1498,17 +1478,16 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
         lay_out_worker(s, arena, s->workers ? &s->workers[i] : &ignored);
     }
 
-    size_t rows = s->options.context;
-    if (s->options.cache == CACHE_Q8) {
-        rows = ceil_div(rows, CACHE_BLOCK);
-        s->key_row_bytes = key_block_bytes(q8_key_cols(c));
-        s->value_row_bytes = value_block_bytes(q8_value_cols(c));
-    } else {
-        s->key_row_bytes = cache_row_bytes(s->options.cache, cache_key_dim(c));
-        s->value_row_bytes = cache_value_dim(c) ? cache_row_bytes(s->options.cache, cache_value_dim(c)) : 0;
-    }
-    s->cache_values = cache_heads(c) * rows * s->key_row_bytes;
-    s->cache_layer_bytes = s->cache_values + cache_heads(c) * rows * s->value_row_bytes;
+    size_t spans = ceil_div(s->options.context, CACHE_SPAN), span_rows = spans > 1 ? spans * EXACT_TOKENS * heads : 0;
+    s->span_mixed = take(arena, span_rows * cache_value_cols(c), 4);
+    s->span_maxima = take(arena, span_rows, 4);
+    s->span_sums = take(arena, span_rows, 4);
+
+    size_t blocks = cache_heads(c) * ceil_div(s->options.context, CACHE_BLOCK);
+    s->key_block_bytes = key_block_bytes(s->cache_dtype, cache_key_cols(c, s->cache_dtype));
+    s->value_block_bytes = value_block_bytes(s->cache_dtype, cache_value_cols(c));
+    s->cache_values = blocks * s->key_block_bytes;
+    s->cache_layer_bytes = s->cache_values + blocks * s->value_block_bytes;
     s->cache = take(arena, c->num_hidden_layers, s->cache_layer_bytes);
 }
 
@@ -1833,39 +1812,23 @@ static void rotate(const struct Session *s, size_t t, float *x) {
 // The cache
 //
 // What attention remembers of each position: GQA a key and a value a kv head, MLA one latent (the compressed keys and
-// values of all heads, arXiv:2405.04434 section 2.1) followed by the rotated key part. Layer by layer.
+// values of all heads, arXiv:2405.04434 section 2.1) with the rotated part of the key behind it, shared by all heads; its
+// latents are kept twice, as keys and as values.
 //
-// f32, f16   [head][position] keys, then [head][position] values
-// q8         blocks of 256 positions, made for the kernels that multiply int8 matrices: [head][block] keys, 8 panels of 32
-//            positions, each a q8 panel of 32 rows (format.h, rotated columns); then [head][block] values: a float scale a
-//            position, and a q8 panel for each 32 columns of the values whose columns are the 256 positions (not rotated;
-//            its own scales are 1). MLA has its latents twice.
+// Layer by layer, [head][block] of keys, then [head][block] of values. A block has 256 positions and is made for the kernels
+// that multiply matrices: its keys are 8 panels of 32 positions (format.h's panels of 32 rows), its values a panel for
+// each 32 columns, whose own columns are the 256 positions. f32 and f16 panels are [column][32] numbers. q8 keys are q8 panels
+// in rotated columns; q8 values are not rotated, have a float scale a position in front, and their panels' scales are 1.
 // ====================================================================================================================
 
-// The row of a float cache, or the block of a q8 cache, that has the position.
 static uint8_t *cache_keys(const struct Session *s, size_t layer, size_t head, size_t position) {
-    bool q8 = s->options.cache == CACHE_Q8;
-    size_t rows = q8 ? ceil_div(s->options.context, CACHE_BLOCK) : s->options.context;
-    return s->cache + layer * s->cache_layer_bytes + (head * rows + (q8 ? position / CACHE_BLOCK : position)) * s->key_row_bytes;
+    size_t blocks = ceil_div(s->options.context, CACHE_BLOCK);
+    return s->cache + layer * s->cache_layer_bytes + (head * blocks + position / CACHE_BLOCK) * s->key_block_bytes;
 }
 
 static uint8_t *cache_values(const struct Session *s, size_t layer, size_t head, size_t position) {
-    bool q8 = s->options.cache == CACHE_Q8;
-    size_t rows = q8 ? ceil_div(s->options.context, CACHE_BLOCK) : s->options.context;
-    return s->cache + layer * s->cache_layer_bytes + s->cache_values + (head * rows + (q8 ? position / CACHE_BLOCK : position)) * s->value_row_bytes;
-}
-
-static void write_float_row(const struct Session *s, uint8_t *row, const float *x, size_t cols) {
-    if (s->options.cache == CACHE_F32) memcpy(row, x, cols * sizeof *x);
-    else s->kernels->float_to_half(x, (uint16_t *)(void *)row, cols);
-}
-
-// Reads `count` rows of a float cache, out [count][cols].
-static void read_float_rows(const struct Session *s, const uint8_t *rows, size_t row_bytes, size_t count, size_t cols, float *out) {
-    for (size_t j = 0; j < count; j++, rows += row_bytes, out += cols) {
-        if (s->options.cache == CACHE_F32) memcpy(out, rows, cols * sizeof *out);
-        else s->kernels->half_to_float((const uint16_t *)(const void *)rows, out, cols);
-    }
+    size_t blocks = ceil_div(s->options.context, CACHE_BLOCK);
+    return s->cache + layer * s->cache_layer_bytes + s->cache_values + (head * blocks + position / CACHE_BLOCK) * s->value_block_bytes;
 }
 
 // Rotates up to 256 columns at a time, as format.h does: out [padded(cols)].
@@ -1885,10 +1848,24 @@ static void rotate_key(const struct Session *s, const float *x, size_t cols, siz
     rotate_padded(s, x + cols, rest, out + padded(cols));
 }
 
-static void write_q8_key(const struct Session *s, uint8_t *block, size_t position, const float *x, size_t cols, size_t rest) {
+// x [cols] to places `step` apart, as the cache's floats.
+static void store_floats(const struct Session *s, const float *x, size_t cols, uint8_t *out, size_t step) {
+    size_t size = value_bytes(s->cache_dtype, 1) / PANEL_ROWS;
+    uint16_t halves[MAX_KEY_COLS];
+    if (s->cache_dtype == DTYPE_F16) s->kernels->float_to_half(x, halves, cols);
+    const uint8_t *from = s->cache_dtype == DTYPE_F16 ? (const uint8_t *)halves : (const uint8_t *)x;
+    for (size_t i = 0; i < cols; i++) memcpy(out + i * step, from + i * size, size);
+}
+
+static void store_key(const struct Session *s, uint8_t *block, size_t position, const float *x, size_t cols, size_t rest) {
+    size_t key_cols = key_columns(s->cache_dtype, cols, rest), row = position % PANEL_ROWS;
+    uint8_t *panel = block + position % CACHE_BLOCK / PANEL_ROWS * panel_bytes(s->cache_dtype, key_cols);
+    if (s->cache_dtype != DTYPE_Q8) {
+        size_t column_bytes = value_bytes(s->cache_dtype, 1);
+        store_floats(s, x, key_cols, panel + row * (column_bytes / PANEL_ROWS), column_bytes);
+        return;
+    }
     float rotated[MAX_KEY_COLS];
-    size_t key_cols = padded(cols) + padded(rest), row = position % PANEL_ROWS;
-    uint8_t *panel = block + position % CACHE_BLOCK / PANEL_ROWS * panel_bytes(DTYPE_Q8, key_cols);
     rotate_key(s, x, cols, rest, rotated);
     for (size_t first = 0; first < key_cols; first += K_BLOCK) {
         int8_t quants[K_BLOCK];
@@ -1901,44 +1878,40 @@ static void write_q8_key(const struct Session *s, uint8_t *block, size_t positio
     }
 }
 
-static void write_q8_value(uint8_t *block, size_t position, const float *x, size_t cols) {
-    size_t place = position % CACHE_BLOCK;
-    uint8_t *panels = block + CACHE_BLOCK * sizeof(float);
+static void store_value(const struct Session *s, uint8_t *block, size_t position, const float *x, size_t cols) {
+    size_t place = position % CACHE_BLOCK, step = panel_bytes(s->cache_dtype, CACHE_BLOCK);
+    if (s->cache_dtype != DTYPE_Q8) {
+        size_t column_bytes = value_bytes(s->cache_dtype, 1);
+        for (size_t first = 0; first < cols; first += PANEL_ROWS)
+            store_floats(s, x + first, min_size(PANEL_ROWS, cols - first), block + first / PANEL_ROWS * step + place * column_bytes,
+                         column_bytes / PANEL_ROWS);
+        return;
+    }
+    uint8_t *panels = block + value_head_bytes(DTYPE_Q8);
     float largest = 0;
     for (size_t i = 0; i < cols; i++) largest = fmaxf(largest, fabsf(x[i]));
     bool usable = largest > 1e-35f && largest < INFINITY;
     float inverse = usable ? 127.0f / largest : 0;
     ((float *)(void *)block)[place] = usable ? largest / 127.0f : 0;
     for (size_t i = 0; i < padded(cols); i++) {
-        uint8_t *panel = panels + i / PANEL_ROWS * panel_bytes(DTYPE_Q8, CACHE_BLOCK);
+        uint8_t *panel = panels + i / PANEL_ROWS * step;
         if (place == 0) ((float *)(void *)panel)[i % PANEL_ROWS] = 1;
         uint8_t *w = panel + block_head_bytes(DTYPE_Q8, CACHE_BLOCK);
         w[place / 4 * 4 * PANEL_ROWS + i % PANEL_ROWS * 4 + place % 4] = i < cols ? (uint8_t)quantize_value(x[i], inverse) : 0;
     }
 }
 
-// Writes a position's key, `cols` values and `rest` rotated ones, and its value.
-static void write_cache(const struct Session *s, size_t layer, size_t head, size_t position, const float *key, size_t cols, size_t rest,
-                        const float *value, size_t value_cols) {
-    uint8_t *keys = cache_keys(s, layer, head, position), *values = cache_values(s, layer, head, position);
-    if (s->options.cache == CACHE_Q8) {
-        write_q8_key(s, keys, position, key, cols, rest);
-        write_q8_value(values, position, value, value_cols);
-    } else {
-        write_float_row(s, keys, key, cols + rest);
-        if (s->value_row_bytes) write_float_row(s, values, value, value_cols);
-    }
-}
-
 // ====================================================================================================================
 // Attention
 //
-// The keys and values of 64 positions at a time (of a q8 cache 256) meet all queries of a piece of work; each query keeps
-// the maximum, the sum and the mix of its softmax so far (online softmax, as in FlashAttention, arXiv:2205.14135). Pieces
-// always start at a multiple of 64 (256), so a query's result depends on its own position alone.
+// The keys and values of a block of 256 positions at a time meet all queries of a piece of work; each query keeps the
+// maximum, the sum and the mix of its softmax so far (online softmax, as in FlashAttention, arXiv:2205.14135). Both products
+// are those of panels: of keys times the queries, and of values times the softmax of 256 scores. With a q8 cache both are
+// int8 products: queries are quantised, and so is the softmax, with the scales of the values multiplied in.
 //
-// With a q8 cache both products are those of int8 matrices: a panel of keys times the quantised queries, and a panel of
-// values times the quantised softmax of 256 scores, in which the scales of the values have been multiplied.
+// Few tokens look at a long text in spans of 4096 positions, which different threads can take; what the spans give is then
+// put together in order. A span, a block and a query's result depend on positions alone, not on the number of threads or
+// of tokens.
 //
 // GQA: groups of query heads share a kv head. MLA has two ways that give the same result: for few tokens the query is
 // multiplied by the head's key factor ("absorbed") and then meets the cached latents as they are, all heads sharing
@@ -1950,225 +1923,129 @@ struct Queries {
     size_t count;
     size_t heads;                 // query i belongs to token first_token + i / heads
     size_t first_token;
-    const float *q;               // [count], q_stride floats apart, multiplied by the softmax scale
-    size_t q_stride, key_dim;
-    const struct Row *rows;       // [count] the same queries quantised, for a q8 cache; q is then not used
-    float *mixed;                 // [count], mixed_stride floats apart
-    size_t mixed_stride, value_dim;
+    const struct Row *rows;       // [count] the queries, multiplied by the softmax scale
+    size_t key_cols, value_cols;
+    float *mixed;                 // [count][value_cols]
     float *maxima, *sums;         // [count]
 };
-
-// `count` queries from `first` on of one head's.
-static struct Queries slice_queries(const struct Queries *all, size_t first, size_t count) {
-    struct Queries some = *all;
-    some.count = count;
-    some.first_token = first;
-    if (all->q) some.q += first * all->q_stride;
-    some.rows += first;
-    some.mixed += first * all->mixed_stride;
-    some.maxima += first;
-    some.sums += first;
-    return some;
-}
 
 static void start_softmax(const struct Queries *queries) {
     for (size_t i = 0; i < queries->count; i++) {
         queries->maxima[i] = -INFINITY;
         queries->sums[i] = 0;
-        memset(queries->mixed + i * queries->mixed_stride, 0, queries->value_dim * sizeof *queries->mixed);
     }
+    memset(queries->mixed, 0, queries->count * queries->value_cols * sizeof *queries->mixed);
 }
 
 static void end_softmax(const struct Queries *queries) {
     for (size_t i = 0; i < queries->count; i++) {
-        float *mixed = queries->mixed + i * queries->mixed_stride, inverse = 1.0f / queries->sums[i];
-        for (size_t c = 0; c < queries->value_dim; c++) mixed[c] *= inverse;
+        float *mixed = queries->mixed + i * queries->value_cols, inverse = 1.0f / queries->sums[i];
+        for (size_t c = 0; c < queries->value_cols; c++) mixed[c] *= inverse;
     }
 }
 
 // The scores of the first `visible` positions from maximum and sum so far on: exponentials, both brought up to date, and what
 // was mixed before weighed anew.
 static void update_softmax(const struct Session *s, const struct Queries *queries, size_t i, float *scores, size_t visible) {
-    float *mixed = queries->mixed + i * queries->mixed_stride, maximum = fmaxf(queries->maxima[i], s->kernels->find_maximum(scores, visible));
+    float *mixed = queries->mixed + i * queries->value_cols, maximum = fmaxf(queries->maxima[i], s->kernels->find_maximum(scores, visible));
     float kept = exp_float(queries->maxima[i] - maximum);    // -inf gives next to nothing
     queries->sums[i] = queries->sums[i] * kept + s->kernels->exp_row(scores, maximum, visible);
     if (maximum != queries->maxima[i])
-        for (size_t c = 0; c < queries->value_dim; c++) mixed[c] *= kept;
+        for (size_t c = 0; c < queries->value_cols; c++) mixed[c] *= kept;
     queries->maxima[i] = maximum;
 }
 
-// Positions from `first` on that query i sees.
-static size_t count_visible(const struct Session *s, const struct Queries *queries, size_t i, size_t first, size_t count) {
-    size_t position = s->position + queries->first_token + i / queries->heads;
-    return position < first ? 0 : min_size(count, position - first + 1);
-}
-
-// Lets the queries look at `count` positions from `first` on: keys [count][key_stride], values [count][value_stride].
-static void attend_chunk(const struct Session *s, struct Worker *worker, const struct Queries *queries, size_t first, size_t count,
-                         const float *keys, size_t key_stride, const float *values, size_t value_stride) {
-    bool gemm = s->n > EXACT_TOKENS;
-    if (gemm)
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)queries->count, (int)count, (int)queries->key_dim, 1, queries->q,
-                    (int)queries->q_stride, keys, (int)key_stride, 0, worker->scores, ATTENTION_CHUNK);
-    for (size_t i = 0; i < queries->count; i++) {
-        size_t visible = count_visible(s, queries, i, first, count);
-        float *scores = worker->scores + i * ATTENTION_CHUNK;
-        if (!gemm && visible) s->kernels->score_rows(queries->q + i * queries->q_stride, keys, key_stride, visible, queries->key_dim, scores);
-        if (visible) update_softmax(s, queries, i, scores, visible);
-        if (gemm) memset(scores + visible, 0, (count - visible) * sizeof *scores);
-        else if (visible) s->kernels->mix_rows(scores, values, value_stride, visible, queries->value_dim, queries->mixed + i * queries->mixed_stride);
+// out[i][32] += the first `cols` of a panel's panel_cols columns times the rows, `stride` floats from row to row.
+static void add_panel_product(const struct Session *s, struct Worker *worker, uint32_t dtype, const uint8_t *panel, size_t panel_cols,
+                              size_t cols, const struct Row *rows, size_t count, float *out, size_t stride) {
+    if (dtype == DTYPE_Q8 && s->n > EXACT_TOKENS) {
+        for (size_t first = 0; first < cols; first += GEMM_DEPTH) {
+            s->kernels->unpack[DTYPE_Q8](panel, panel_cols, first, min_size(GEMM_DEPTH, panel_cols - first), worker->unpacked, worker->unpacked_scales);
+            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, min_size(GEMM_DEPTH, cols - first), rows, first, count, out,
+                                          stride);
+        }
+        return;
     }
-    if (gemm)
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)queries->count, (int)queries->value_dim, (int)count, 1, worker->scores,
-                    ATTENTION_CHUNK, values, (int)value_stride, 1, queries->mixed, (int)queries->mixed_stride);
-}
-
-// out[i][32] += a q8 panel of `cols` columns times the rows.
-static void multiply_q8_panel(const struct Session *s, struct Worker *worker, const uint8_t *panel, size_t cols, const struct Row *rows,
-                              size_t count, float *out, size_t stride) {
-    for (size_t first = 0; first < cols; first += GEMM_DEPTH) {
-        size_t depth = min_size(GEMM_DEPTH, cols - first);
-        s->kernels->unpack[DTYPE_Q8](panel, cols, first, depth, worker->unpacked, worker->unpacked_scales);
-        s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, rows, first, count, out, stride);
+    float tile[TILE_TOKENS * PANEL_ROWS];
+    for (size_t i = 0; i < count; i++) {
+        if (i % TILE_TOKENS == 0) s->kernels->product[dtype](panel, cols, rows + i, min_size(TILE_TOKENS, count - i), tile);
+        for (size_t r = 0; r < PANEL_ROWS; r++) out[i * stride + r] += tile[i % TILE_TOKENS * PANEL_ROWS + r];
     }
 }
 
-// attend_chunk() for a block of a q8 cache with `count` positions from `first` on.
-static void attend_q8_block(const struct Session *s, struct Worker *worker, const struct Queries *queries, size_t first, size_t count,
-                            const uint8_t *keys, const uint8_t *values) {
-    size_t cols = padded(count), n = queries->count;
-    memset(worker->scores, 0, n * CACHE_BLOCK * sizeof *worker->scores);
-    for (size_t j = 0; j < cols; j += PANEL_ROWS)
-        multiply_q8_panel(s, worker, keys + j / PANEL_ROWS * panel_bytes(DTYPE_Q8, queries->key_dim), queries->key_dim, queries->rows, n,
-                          worker->scores + j, CACHE_BLOCK);
-    const float *value_scales = (const float *)(const void *)values;
+// Lets the queries look at a block's `count` positions from `first` on.
+static void attend_block(const struct Session *s, struct Worker *w, const struct Queries *queries, size_t first, size_t count, uint32_t dtype,
+                         const uint8_t *keys, const uint8_t *values) {
+    bool q8 = dtype == DTYPE_Q8;
+    size_t cols = q8 ? padded(count) : count, n = queries->count, key_cols = queries->key_cols;
+    float *all_scores = w->shares.values;      // [n][256]
+    memset(all_scores, 0, n * CACHE_BLOCK * sizeof *all_scores);
+    for (size_t j = 0; j < count; j += PANEL_ROWS)
+        add_panel_product(s, w, dtype, keys + j / PANEL_ROWS * panel_bytes(dtype, key_cols), key_cols, key_cols, queries->rows, n, all_scores + j,
+                          CACHE_BLOCK);
     for (size_t i = 0; i < n; i++) {
-        size_t visible = count_visible(s, queries, i, first, count);
-        float *scores = worker->scores + i * CACHE_BLOCK;
+        size_t position = s->position + queries->first_token + i / queries->heads, at = i * CACHE_BLOCK;
+        size_t visible = position < first ? 0 : min_size(count, position - first + 1);
+        float *scores = all_scores + at;
         if (visible) update_softmax(s, queries, i, scores, visible);
-        for (size_t j = 0; j < visible; j++) scores[j] *= value_scales[j];
-        memset(scores + visible, 0, (cols - visible) * sizeof *scores);
-        size_t at = i * CACHE_BLOCK;
-        s->kernels->quantize_block(scores, cols, worker->shares.quants + at, worker->shares.scales + i, worker->shares.sums + at / K_GROUP,
-                                   worker->shares.block_sums + i);
+        memset(scores + visible, 0, (padded(count) - visible) * sizeof *scores);
+        if (!q8) continue;
+        for (size_t j = 0; j < visible; j++) scores[j] *= ((const float *)(const void *)values)[j];
+        s->kernels->quantize_block(scores, cols, w->shares.quants + at, w->shares.scales + i, w->shares.sums + at / K_GROUP, w->shares.block_sums + i);
     }
-    for (size_t c = 0; c < queries->value_dim; c += PANEL_ROWS)
-        multiply_q8_panel(s, worker, values + CACHE_BLOCK * sizeof(float) + c / PANEL_ROWS * panel_bytes(DTYPE_Q8, CACHE_BLOCK), cols,
-                          worker->shares.rows, n, queries->mixed + c, queries->mixed_stride);
+    for (size_t c = 0; c < queries->value_cols; c += PANEL_ROWS)
+        add_panel_product(s, w, dtype, values + value_head_bytes(dtype) + c / PANEL_ROWS * panel_bytes(dtype, CACHE_BLOCK), CACHE_BLOCK, cols,
+                          w->shares.rows, n, queries->mixed + c, queries->value_cols);
 }
 
-// Quantises query i of a piece for a q8 cache.
-static void quantize_query(const struct Session *s, struct Worker *worker, size_t i, const float *q, size_t cols, size_t rest) {
+// Where the values of query i of a piece are to be written before quantize_query().
+static float *place_query(struct Worker *w, size_t i, size_t key_cols) {
+    place_row(&w->queries, i, i * row_stride(key_cols));
+    return row_values(&w->queries, i);
+}
+
+// Query i as a q8 cache needs it, `cols` and `rest` values.
+static void quantize_query(const struct Session *s, struct Worker *w, size_t i, size_t cols, size_t rest) {
+    if (s->cache_dtype != DTYPE_Q8) return;
     float rotated[MAX_KEY_COLS];
-    size_t key_cols = padded(cols) + padded(rest), at = i * row_stride(key_cols);
-    const struct Activations *a = &worker->queries;
-    rotate_key(s, q, cols, rest, rotated);
-    place_row(&worker->queries, i, at);
+    size_t key_cols = key_columns(DTYPE_Q8, cols, rest), at = i * row_stride(key_cols);
+    const struct Activations *a = &w->queries;
+    rotate_key(s, a->rows[i].values, cols, rest, rotated);
     for (size_t first = 0; first < key_cols; first += K_BLOCK, at += K_BLOCK)
         s->kernels->quantize_block(rotated + first, min_size(K_BLOCK, key_cols - first), a->quants + at, a->scales + at / K_BLOCK,
                                    a->sums + at / K_GROUP, a->block_sums + at / K_BLOCK);
 }
 
-// Attention of a piece over all that the cache has for a head up to the piece's last token.
-static void attend_cache(const struct Session *s, struct Worker *w, const struct Queries *queries, size_t layer, size_t head) {
-    bool q8 = s->options.cache == CACHE_Q8;
-    size_t step = q8 ? CACHE_BLOCK : ATTENTION_CHUNK, end = s->position + queries->first_token + queries->count / queries->heads;
-    size_t dim = queries->key_dim;
-    start_softmax(queries);
-    for (size_t first = 0; first < end; first += step) {
-        size_t count = min_size(step, end - first);
-        const uint8_t *keys = cache_keys(s, layer, head, first), *values = cache_values(s, layer, head, first);
-        if (q8) {
-            attend_q8_block(s, w, queries, first, count, keys, values);
-            continue;
-        }
-        read_float_rows(s, keys, s->key_row_bytes, count, dim, w->keys);
-        if (s->value_row_bytes) read_float_rows(s, values, s->value_row_bytes, count, queries->value_dim, w->values);
-        // MLA's values are the latents, with which its keys begin.
-        attend_chunk(s, w, queries, first, count, w->keys, dim, s->value_row_bytes ? w->values : w->keys, s->value_row_bytes ? queries->value_dim : dim);
-    }
-    end_softmax(queries);
-}
+// ---- GQA, and MLA absorbed
 
-// How a step's tokens and the heads that share a cache head are cut into pieces of work: as large as the buffers allow,
-// so that a piece of the cache is read once for many queries, but enough pieces for all threads. Where OpenBLAS computes,
-// its last bits depend on the size of the piece, which so must not depend on the number of threads.
-#define GEMM_PIECES 64
-static void choose_piece(const struct Session *s, size_t cache_heads_count, size_t heads, size_t *piece_tokens, size_t *piece_heads) {
-    size_t least_pieces = s->n > EXACT_TOKENS ? GEMM_PIECES : (size_t)s->team->threads;
-    *piece_heads = min_size(heads, ATTENTION_QUERIES);
-    *piece_tokens = min_size(s->n, ATTENTION_QUERIES / *piece_heads);
-    while (cache_heads_count * ceil_div(heads, *piece_heads) * ceil_div(s->n, *piece_tokens) < least_pieces) {
-        if (*piece_tokens > 1) *piece_tokens = ceil_div(*piece_tokens, 2);
-        else if (*piece_heads > 1) *piece_heads = ceil_div(*piece_heads, 2);
-        else break;
-    }
-}
-
-// ---- GQA
-
-// Normalises, rotates and stores the keys and values of the micro-batch. One item a token.
+// Normalises, rotates and stores the keys and values of the micro-batch, each thread some tokens in a row.
 static void store_keys_values(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
-    size_t kv_heads = c->num_key_value_heads, dim = c->head_dim;
-    for (size_t t = (size_t)thread; t < s->n; t += (size_t)s->team->threads) {
+    size_t kv_heads = c->num_key_value_heads, dim = c->head_dim, t, end;
+    for (static_share(s->team, thread, s->n, &t, &end); t < end; t++)
         for (size_t h = 0; h < kv_heads; h++) {
             float *k = s->k + (t * kv_heads + h) * dim;
+            size_t position = s->position + t;
             if (l->k_norm) rms_norm(s, k, l->k_norm, dim, c->rms_norm_eps, k);
             rotate(s, t, k);
-            write_cache(s, layer, h, s->position + t, k, dim, 0, s->v + (t * kv_heads + h) * dim, dim);
+            store_key(s, cache_keys(s, layer, h, position), position, k, dim, 0);
+            store_value(s, cache_values(s, layer, h, position), position, s->v + (t * kv_heads + h) * dim, dim);
         }
-    }
 }
 
-// Attention of the micro-batch, s->q to s->attended. All threads call it.
-static void attend_gqa(struct Session *s, int thread, size_t layer) {
-    const struct ModelConfig *c = &s->model->config;
-    const struct Layer *l = &s->model->layers[layer];
-    struct Worker *w = &s->workers[thread];
-    size_t heads = c->num_attention_heads, kv_heads = c->num_key_value_heads, group = heads / kv_heads, dim = c->head_dim;
-    size_t piece_tokens, piece_heads, item;
-    choose_piece(s, kv_heads, group, &piece_tokens, &piece_heads);
-    size_t token_pieces = ceil_div(s->n, piece_tokens), head_pieces = ceil_div(group, piece_heads);
-    struct Items items = share_items(s->team, thread, kv_heads * head_pieces * token_pieces);
-    while (next_item(&items, &item)) {
-        size_t kv_head = item / token_pieces / head_pieces, first_token = item % token_pieces * piece_tokens;
-        size_t first_head = item / token_pieces % head_pieces * piece_heads;
-        size_t tokens = min_size(piece_tokens, s->n - first_token), own_heads = min_size(piece_heads, group - first_head);
-        bool q8 = s->options.cache == CACHE_Q8;
-        for (size_t i = 0; i < tokens * own_heads; i++) {
-            size_t t = first_token + i / own_heads, h = kv_head * group + first_head + i % own_heads;
-            float *q = w->queries.values + i * dim;
-            memcpy(q, s->q + (t * heads + h) * dim, dim * sizeof *q);
-            if (l->q_norm) rms_norm(s, q, l->q_norm, dim, c->rms_norm_eps, q);
-            rotate(s, t, q);
-            for (size_t d = 0; d < dim; d++) q[d] *= s->softmax_scale;
-            if (q8) quantize_query(s, w, i, q, dim, 0);
-        }
-        struct Queries queries = {.count = tokens * own_heads, .heads = own_heads, .first_token = first_token, .q = w->queries.values,
-                                  .q_stride = dim, .key_dim = q8 ? padded(dim) : dim, .rows = w->queries.rows, .mixed = w->mixed,
-                                  .mixed_stride = padded(dim), .value_dim = q8 ? padded(dim) : dim, .maxima = w->maxima, .sums = w->sums};
-        attend_cache(s, w, &queries, layer, kv_head);
-        for (size_t i = 0; i < tokens * own_heads; i++) {
-            size_t t = first_token + i / own_heads, h = kv_head * group + first_head + i % own_heads;
-            memcpy(row_values(&s->attended, t) + h * dim, w->mixed + i * padded(dim), dim * sizeof(float));
-        }
-    }
-}
-
-// ---- MLA
-
-// Normalises the query's latent and the key-value latent, rotates the key part, and stores the latter two. One item a token.
+// Normalises the query's latent and the key-value latent, rotates the key part, and stores the latter two.
 static void store_latents(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
-    size_t lora = c->kv_lora_rank, row = cache_key_dim(c);
-    for (size_t t = (size_t)thread; t < s->n; t += (size_t)s->team->threads) {
-        float *latent = s->kv_latent + t * row;
+    size_t lora = c->kv_lora_rank, rope = c->qk_rope_head_dim, t, end;
+    for (static_share(s->team, thread, s->n, &t, &end); t < end; t++) {
+        float *latent = s->kv_latent + t * (lora + rope);
+        size_t position = s->position + t;
         rms_norm(s, latent, l->kv_a_norm, lora, LATENT_NORM_EPS, latent);
         rotate(s, t, latent + lora);
-        write_cache(s, layer, 0, s->position + t, latent, lora, row - lora, latent, lora);
+        store_key(s, cache_keys(s, layer, 0, position), position, latent, lora, rope);
+        store_value(s, cache_values(s, layer, 0, position), position, latent, lora);
         if (!c->q_lora_rank) continue;
         rms_norm(s, s->q_latent + t * c->q_lora_rank, l->q_a_norm, c->q_lora_rank, LATENT_NORM_EPS, row_values(&s->latent, t));
         quantize_activations(s, &s->latent, t, c->q_lora_rank);
@@ -2191,49 +2068,151 @@ static void multiply_factor(const struct Session *s, const struct Matrix *factor
     }
 }
 
-// Rotates the RoPE part of a head's query and multiplies all of it by the softmax scale.
-static void prepare_mla_query(const struct Session *s, size_t t, float *q) {
-    rotate(s, t, q + s->model->config.qk_nope_head_dim);
-    for (size_t d = 0; d < query_dim(&s->model->config); d++) q[d] *= s->softmax_scale;
+// Normalises and rotates the queries and multiplies them by the softmax scale. An item is a token's head.
+static void prepare_queries(struct Session *s, int thread, size_t layer) {
+    const struct ModelConfig *c = &s->model->config;
+    const float *norm = s->model->layers[layer].q_norm;
+    size_t heads = c->num_attention_heads, dim = query_dim(c), item, end;
+    for (static_share(s->team, thread, s->n * heads, &item, &end); item < end; item++) {
+        float *q = s->q + item * dim;
+        if (norm) rms_norm(s, q, norm, dim, c->rms_norm_eps, q);
+        rotate(s, item / heads, q + dim - rope_dim(c));
+        for (size_t d = 0; d < dim; d++) q[d] *= s->softmax_scale;
+    }
 }
 
-// Few tokens: queries [head][token] of kv_lora_rank + rope meet the cached rows themselves; what they mix are latents.
-static void attend_mla_absorbed(struct Session *s, int thread, size_t layer) {
+// A piece of attention: some tokens, some of the heads that share a cache head, and a span of the cache.
+struct Piece {
+    size_t cache_head, first_head, heads, first_token, tokens;
+    size_t span, first, end;      // positions [first, end)
+};
+
+// How a step is cut into pieces: as large as the buffers allow, so that a piece of the cache is read once for many queries,
+// but enough pieces for all threads.
+struct Pieces {
+    size_t cache_heads, group;    // heads that share one
+    size_t heads, tokens;         // of a piece at most
+    size_t head_pieces, token_pieces, spans;
+};
+
+static struct Pieces cut_attention(const struct Session *s) {
+    const struct ModelConfig *c = &s->model->config;
+    struct Pieces all = {.cache_heads = cache_heads(c), .spans = s->n > EXACT_TOKENS ? 1 : ceil_div(s->position + s->n, CACHE_SPAN)};
+    all.group = c->num_attention_heads / all.cache_heads;
+    all.heads = min_size(all.group, ATTENTION_QUERIES);
+    all.tokens = min_size(s->n, ATTENTION_QUERIES / all.heads);
+    size_t least = (s->n > EXACT_TOKENS ? 16 : 1) * (size_t)s->team->threads;
+    for (;;) {
+        all.head_pieces = ceil_div(all.group, all.heads);
+        all.token_pieces = ceil_div(s->n, all.tokens);
+        if (all.cache_heads * all.head_pieces * all.token_pieces * all.spans >= least || all.tokens + all.heads == 2) return all;
+        if (all.tokens > 1) all.tokens = ceil_div(all.tokens, 2);
+        else all.heads = ceil_div(all.heads, 2);
+    }
+}
+
+static struct Piece piece_at(const struct Session *s, const struct Pieces *all, size_t item) {
+    struct Piece p = {.span = item % all->spans};
+    item /= all->spans;
+    p.first_token = item % all->token_pieces * all->tokens;
+    item /= all->token_pieces;
+    p.cache_head = item / all->head_pieces;
+    size_t first_of_group = item % all->head_pieces * all->heads;
+    p.first_head = p.cache_head * all->group + first_of_group;
+    p.heads = min_size(all->heads, all->group - first_of_group);
+    p.tokens = min_size(all->tokens, s->n - p.first_token);
+    p.first = p.span * CACHE_SPAN;
+    p.end = s->position + p.first_token + p.tokens;
+    if (all->spans > 1) p.end = min_size(p.end, p.first + CACHE_SPAN);
+    return p;
+}
+
+// The queries of a piece, from s->q to w->queries: query i is of token first_token + i / heads, head first_head + i % heads.
+static void take_queries(const struct Session *s, struct Worker *w, const struct Layer *l, const struct Piece *piece) {
+    const struct ModelConfig *c = &s->model->config;
+    size_t heads = c->num_attention_heads, dim = query_dim(c), key_cols = cache_key_cols(c, s->cache_dtype), stride = row_stride(key_cols);
+    size_t lora = is_mla(c) ? c->kv_lora_rank : 0, kept = rope_dim(c);      // of MLA the rotated part goes behind what is absorbed
+    for (size_t h = 0; h < piece->heads; h++) {
+        const float *q = s->q + (piece->first_token * heads + piece->first_head + h) * dim;
+        for (size_t t = 0; t < piece->tokens; t++)
+            memcpy(place_query(w, t * piece->heads + h, key_cols) + lora, q + t * heads * dim + dim - kept, kept * sizeof *q);
+        if (!is_mla(c)) continue;
+        struct Matrix absorb = blob_matrix(&l->key_transposed, 0, piece->first_head + h);
+        multiply_factor(s, &absorb, q, heads * dim, piece->tokens, w->queries.values + h * stride, piece->heads * stride);
+    }
+    for (size_t i = 0; i < piece->tokens * piece->heads; i++) quantize_query(s, w, i, lora ? lora : dim, lora ? kept : 0);
+}
+
+// What a head's queries of `tokens` tokens have mixed, `stride` floats from token to token, to s->attended.
+static void store_attended(const struct Session *s, const struct Layer *l, size_t head, size_t first_token, size_t tokens, const float *mixed,
+                           size_t stride) {
+    const struct ModelConfig *c = &s->model->config;
+    size_t dim = value_dim(c), row = row_stride(c->num_attention_heads * dim);
+    float *out = row_values(&s->attended, first_token) + head * dim;
+    if (is_mla(c)) {
+        struct Matrix up = blob_matrix(&l->value, 0, head);
+        multiply_factor(s, &up, mixed, stride, tokens, out, row);
+    } else {
+        for (size_t t = 0; t < tokens; t++) memcpy(out + t * row, mixed + t * stride, dim * sizeof *out);
+    }
+}
+
+// What the spans gave for a token's head, put together in order: out [value columns].
+static void join_spans(const struct Session *s, size_t head_of_token, size_t spans, float *out) {
+    size_t cols = cache_value_cols(&s->model->config), step = EXACT_TOKENS * s->model->config.num_attention_heads;
+    float maximum = -INFINITY, sum = 0;
+    for (size_t span = 0; span < spans; span++) maximum = fmaxf(maximum, s->span_maxima[span * step + head_of_token]);
+    memset(out, 0, cols * sizeof *out);
+    for (size_t span = 0, at = head_of_token; span < spans; span++, at += step) {
+        if (s->span_sums[at] == 0) continue;                 // the token is before this span
+        float weight = exp_float(s->span_maxima[at] - maximum);
+        sum += weight * s->span_sums[at];
+        for (size_t c = 0; c < cols; c++) out[c] += weight * s->span_mixed[at * cols + c];
+    }
+    for (size_t c = 0; c < cols; c++) out[c] *= 1.0f / sum;
+}
+
+// Attention of the micro-batch over the cache as it is. All threads call it.
+static void attend_cache(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
     struct Worker *w = &s->workers[thread];
-    size_t heads = c->num_attention_heads, lora = c->kv_lora_rank, nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim;
-    size_t dim = query_dim(c), row = cache_key_dim(c), value = c->v_head_dim;
-    size_t piece_tokens, piece_heads, item;
-    choose_piece(s, 1, heads, &piece_tokens, &piece_heads);
-    size_t token_pieces = ceil_div(s->n, piece_tokens), head_pieces = ceil_div(heads, piece_heads);
-    struct Items items = share_items(s->team, thread, head_pieces * token_pieces);
+    size_t heads = c->num_attention_heads, value_cols = cache_value_cols(c), item;
+    struct Pieces all = cut_attention(s);
+    struct Items items = share_items(s->team, thread, all.cache_heads * all.head_pieces * all.token_pieces * all.spans);
     while (next_item(&items, &item)) {
-        size_t first_token = item % token_pieces * piece_tokens, first_head = item / token_pieces * piece_heads;
-        size_t tokens = min_size(piece_tokens, s->n - first_token), own_heads = min_size(piece_heads, heads - first_head);
-        // Query i is token first_token + i / own_heads, head first_head + i % own_heads.
-        for (size_t h = 0; h < own_heads; h++) {
-            float *q = s->q + (first_token * heads + first_head + h) * dim;
-            struct Matrix absorb = blob_matrix(&l->key_transposed, 0, first_head + h);
-            for (size_t t = 0; t < tokens; t++) {
-                prepare_mla_query(s, first_token + t, q + t * heads * dim);
-                memcpy(w->queries.values + (t * own_heads + h) * row + lora, q + t * heads * dim + nope, rope * sizeof *q);
-            }
-            multiply_factor(s, &absorb, q, heads * dim, tokens, w->queries.values + h * row, own_heads * row);
+        struct Piece piece = piece_at(s, &all, item);
+        take_queries(s, w, l, &piece);
+        struct Queries queries = {.count = piece.tokens * piece.heads, .heads = piece.heads, .first_token = piece.first_token,
+                                  .rows = w->queries.rows, .key_cols = cache_key_cols(c, s->cache_dtype), .value_cols = value_cols,
+                                  .mixed = w->mixed, .maxima = w->maxima, .sums = w->sums};
+        start_softmax(&queries);
+        for (size_t first = piece.first; first < piece.end; first += CACHE_BLOCK)
+            attend_block(s, w, &queries, first, min_size(CACHE_BLOCK, piece.end - first), s->cache_dtype,
+                         cache_keys(s, layer, piece.cache_head, first), cache_values(s, layer, piece.cache_head, first));
+        if (all.spans == 1) {
+            end_softmax(&queries);
+            for (size_t h = 0; h < piece.heads; h++)
+                store_attended(s, l, piece.first_head + h, piece.first_token, piece.tokens, w->mixed + h * value_cols, piece.heads * value_cols);
+            continue;
         }
-        bool q8 = s->options.cache == CACHE_Q8;
-        for (size_t i = 0; q8 && i < tokens * own_heads; i++) quantize_query(s, w, i, w->queries.values + i * row, lora, rope);
-        struct Queries queries = {.count = tokens * own_heads, .heads = own_heads, .first_token = first_token, .q = w->queries.values,
-                                  .q_stride = row, .key_dim = q8 ? q8_key_cols(c) : row, .rows = w->queries.rows, .mixed = w->mixed,
-                                  .mixed_stride = padded(lora), .value_dim = q8 ? padded(lora) : lora, .maxima = w->maxima, .sums = w->sums};
-        attend_cache(s, w, &queries, layer, 0);
-        for (size_t h = 0; h < own_heads; h++) {
-            struct Matrix up = blob_matrix(&l->value, 0, first_head + h);
-            multiply_factor(s, &up, w->mixed + h * padded(lora), own_heads * padded(lora), tokens,
-                            row_values(&s->attended, first_token) + (first_head + h) * value, row_stride(heads * value));
+        for (size_t i = 0; i < queries.count; i++) {
+            size_t at = (piece.span * EXACT_TOKENS + piece.first_token + i / piece.heads) * heads + piece.first_head + i % piece.heads;
+            memcpy(s->span_mixed + at * value_cols, w->mixed + i * value_cols, value_cols * sizeof *w->mixed);
+            s->span_maxima[at] = w->maxima[i];
+            s->span_sums[at] = w->sums[i];
         }
     }
+    if (all.spans == 1) return;
+    team_barrier(s->team);
+    size_t head, end;
+    for (static_share(s->team, thread, heads, &head, &end); head < end; head++) {
+        for (size_t t = 0; t < s->n; t++) join_spans(s, t * heads + head, all.spans, w->mixed + t * value_cols);
+        store_attended(s, l, head, 0, s->n, w->mixed, value_cols);
+    }
 }
+
+// ---- MLA, expanded
 
 // Expands a whole factor to out [cols][rows, padded to panels].
 static void expand_factor(const struct Matrix *factor, float *out) {
@@ -2241,58 +2220,77 @@ static void expand_factor(const struct Matrix *factor, float *out) {
     for (size_t p = 0; p < panel_count(factor); p++) expand_panel(factor, p, 0, factor->cols, out + p * PANEL_ROWS, width);
 }
 
-// A head's factors for a q8 cache, as rows to multiply panels of latents by: the keys' first [padded(nope)], then the values'
-// [padded(v_head_dim)]. Latents come in rotated columns, so the factors' columns are rotated as well; and the keys must come out
-// in rotated columns, so the rows of their factor are.
-static void quantize_factors(const struct Session *s, struct Worker *w, const struct Matrix *key, const struct Matrix *up) {
+// A head's factors as rows to multiply panels of latents by: the values' [padded(v_head_dim)], then the keys' [padded(nope)].
+// Latents of a q8 cache come in rotated columns, so the factors' columns are rotated as well; and its keys must come out in
+// rotated columns, so the rows of their factor are.
+static void prepare_factors(const struct Session *s, struct Worker *w, const struct Matrix *key, const struct Matrix *up) {
     const struct ModelConfig *c = &s->model->config;
-    size_t lora = c->kv_lora_rank, nope = padded(c->qk_nope_head_dim), rows = nope + padded(c->v_head_dim);
+    size_t lora = c->kv_lora_rank, nope = padded(c->qk_nope_head_dim), value = padded(c->v_head_dim);
+    bool q8 = s->cache_dtype == DTYPE_Q8;
     expand_factor(key, w->key_factor);
     expand_factor(up, w->value_factor);
-    for (size_t k = 0; k < lora; k++) {
+    for (size_t k = 0; q8 && k < lora; k++) {
         float rotated[MAX_KEY_COLS];
         rotate_padded(s, w->key_factor + k * nope, c->qk_nope_head_dim, rotated);
         memcpy(w->key_factor + k * nope, rotated, nope * sizeof *rotated);
     }
-    for (size_t r = 0; r < rows; r++) {
-        const float *column = r < nope ? w->key_factor + r : w->value_factor + r - nope;
-        size_t stride = r < nope ? nope : rows - nope, at = r * row_stride(lora);
-        float row[MAX_KEY_COLS], rotated[MAX_KEY_COLS];
-        for (size_t k = 0; k < lora; k++) row[k] = column[k * stride];
-        rotate_padded(s, row, lora, rotated);
+    for (size_t r = 0; r < value + nope; r++) {
+        const float *column = r < value ? w->value_factor + r : w->key_factor + r - value;
+        size_t stride = r < value ? value : nope, at = r * row_stride(lora);
         place_row(&w->factors, r, at);
+        float *row = row_values(&w->factors, r), rotated[MAX_KEY_COLS];
+        for (size_t k = 0; k < lora; k++) row[k] = column[k * stride];
+        if (!q8) continue;
+        rotate_padded(s, row, lora, rotated);
         for (size_t first = 0; first < padded(lora); first += K_BLOCK, at += K_BLOCK)
             s->kernels->quantize_block(rotated + first, min_size(K_BLOCK, padded(lora) - first), w->factors.quants + at,
                                        w->factors.scales + at / K_BLOCK, w->factors.sums + at / K_GROUP, w->factors.block_sums + at / K_BLOCK);
     }
 }
 
-// Expands `count` positions of a q8 cache's block of latents to a head's keys and values, w->block_keys and w->block_values.
-static void expand_q8_block(const struct Session *s, struct Worker *w, const uint8_t *latents, size_t count) {
+// Column k of a panel of the cache's keys, which has `cols`: out [32].
+static void read_key_column(const struct Session *s, const uint8_t *panel, size_t cols, size_t k, float *out) {
+    if (s->cache_dtype == DTYPE_Q8) {
+        size_t block = k / K_BLOCK * K_BLOCK, length = min_size(K_BLOCK, cols - block);
+        const uint8_t *at = panel + block / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+        const int8_t *quants = (const int8_t *)at + block_head_bytes(DTYPE_Q8, length) + (k - block) / 4 * 4 * PANEL_ROWS + k % 4;
+        for (size_t r = 0; r < PANEL_ROWS; r++) out[r] = ((const float *)(const void *)at)[r] * (float)quants[r * 4];
+    } else if (s->cache_dtype == DTYPE_F16) {
+        for (size_t r = 0; r < PANEL_ROWS; r++) out[r] = float_from_half(((const uint16_t *)(const void *)panel)[k * PANEL_ROWS + r]);
+    } else {
+        memcpy(out, (const float *)(const void *)panel + k * PANEL_ROWS, PANEL_ROWS * sizeof *out);
+    }
+}
+
+// Expands `count` positions of a block of latents to a head's keys and values, w->block_keys and w->block_values: a block as of
+// a cache of expanded_dtype().
+static void expand_block(const struct Session *s, struct Worker *w, const uint8_t *latents, size_t count) {
     const struct ModelConfig *c = &s->model->config;
-    size_t lora = padded(c->kv_lora_rank), rope = padded(c->qk_rope_head_dim), nope = padded(c->qk_nope_head_dim), value = padded(c->v_head_dim);
-    uint8_t *panels = w->block_values + CACHE_BLOCK * sizeof(float);
-    for (size_t d = 0; d < value; d++) ((float *)(void *)(panels + d / PANEL_ROWS * panel_bytes(DTYPE_Q8, CACHE_BLOCK)))[d % PANEL_ROWS] = 1;
+    uint32_t dtype = expanded_dtype(s->cache_dtype);
+    size_t lora = c->kv_lora_rank, rope = c->qk_rope_head_dim, nope = padded(c->qk_nope_head_dim), value = padded(c->v_head_dim);
+    size_t latent_cols = key_columns(s->cache_dtype, lora, rope), key_cols = key_columns(dtype, c->qk_nope_head_dim, rope);
+    size_t first_rope = s->cache_dtype == DTYPE_Q8 ? padded(lora) : lora, value_panel = panel_bytes(dtype, CACHE_BLOCK);
+    uint8_t *panels = w->block_values + value_head_bytes(dtype);
+    for (size_t d = 0; dtype == DTYPE_Q8 && d < value; d++) ((float *)(void *)(panels + d / PANEL_ROWS * value_panel))[d % PANEL_ROWS] = 1;
     for (size_t j = 0; j < count; j += PANEL_ROWS) {
-        const uint8_t *panel = latents + j / PANEL_ROWS * panel_bytes(DTYPE_Q8, lora + rope);
-        float *keys = w->expanded, *values = keys + (nope + rope) * PANEL_ROWS;      // [rows][32 positions]
-        memset(keys, 0, (nope + rope + value) * PANEL_ROWS * sizeof *keys);
-        for (size_t first = 0; first < lora; first += GEMM_DEPTH) {
-            s->kernels->unpack[DTYPE_Q8](panel, lora + rope, first, min_size(GEMM_DEPTH, lora + rope - first), w->unpacked, w->unpacked_scales);
-            size_t depth = min_size(GEMM_DEPTH, lora - first);
-            s->kernels->multiply_unpacked(w->unpacked, w->unpacked_scales, depth, w->factors.rows, first, nope, keys, PANEL_ROWS);
-            s->kernels->multiply_unpacked(w->unpacked, w->unpacked_scales, depth, w->factors.rows + nope, first, value, values, PANEL_ROWS);
+        const uint8_t *panel = latents + j / PANEL_ROWS * panel_bytes(s->cache_dtype, latent_cols);
+        uint8_t *out = w->block_keys + j / PANEL_ROWS * panel_bytes(dtype, key_cols);
+        float *values = w->expanded, *keys = values + value * PANEL_ROWS;            // [rows][32 positions]
+        memset(values, 0, (value + nope) * PANEL_ROWS * sizeof *values);
+        add_panel_product(s, w, s->cache_dtype, panel, latent_cols, first_rope, w->factors.rows, value + nope, values, PANEL_ROWS);
+        // The rotated part of the keys stands in the cache behind the latents, and here behind the keys.
+        size_t behind = dtype == DTYPE_Q8 ? nope : c->qk_nope_head_dim;
+        for (size_t k = 0; behind + k < key_cols; k++) read_key_column(s, panel, latent_cols, first_rope + k, keys + (behind + k) * PANEL_ROWS);
+        if (dtype == DTYPE_F32) {
+            memcpy(out, keys, panel_bytes(DTYPE_F32, key_cols));
+            for (size_t d = 0; d < value; d++) {
+                float *column = (float *)(void *)(panels + d / PANEL_ROWS * value_panel) + j * PANEL_ROWS + d % PANEL_ROWS;
+                for (size_t r = 0; r < PANEL_ROWS; r++) column[r * PANEL_ROWS] = values[d * PANEL_ROWS + r];
+            }
+            continue;
         }
-        // The rotated part of the keys stands in the cache behind the latents.
-        for (size_t k = 0; k < rope; k++) {
-            size_t column = lora + k, block = column / K_BLOCK * K_BLOCK, length = min_size(K_BLOCK, lora + rope - block);
-            const uint8_t *at = panel + block / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
-            const int8_t *quants = (const int8_t *)at + block_head_bytes(DTYPE_Q8, length) + (column - block) / 4 * 4 * PANEL_ROWS + column % 4;
-            for (size_t r = 0; r < PANEL_ROWS; r++) keys[(nope + k) * PANEL_ROWS + r] = ((const float *)(const void *)at)[r] * (float)quants[r * 4];
-        }
-        uint8_t *out = w->block_keys + j / PANEL_ROWS * panel_bytes(DTYPE_Q8, nope + rope);
-        for (size_t first = 0; first < nope + rope; first += K_BLOCK) {
-            size_t length = min_size(K_BLOCK, nope + rope - first);
+        for (size_t first = 0; first < key_cols; first += K_BLOCK) {
+            size_t length = min_size(K_BLOCK, key_cols - first);
             s->kernels->quantize_keys(keys + first * PANEL_ROWS, length, out);
             out += block_head_bytes(DTYPE_Q8, length) + value_bytes(DTYPE_Q8, length);
         }
@@ -2300,74 +2298,38 @@ static void expand_q8_block(const struct Session *s, struct Worker *w, const uin
     }
 }
 
-// attend_mla_expanded() for a q8 cache: keys and values are expanded by int8 products, too, and quantised. One item a head.
-static void attend_mla_q8(struct Session *s, int thread, size_t layer) {
+// Many tokens: a head expands each block of the cache to its own keys and values. One item a head.
+static void attend_expanded(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
     struct Worker *w = &s->workers[thread];
-    size_t heads = c->num_attention_heads, nope = c->qk_nope_head_dim, dim = query_dim(c), value = c->v_head_dim, h;
+    size_t heads = c->num_attention_heads, nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, dim = nope + rope, head;
+    uint32_t dtype = expanded_dtype(s->cache_dtype);
+    size_t key_cols = key_columns(dtype, nope, rope), value_cols = padded(c->v_head_dim), end = s->position + s->n;
     struct Items items = share_items(s->team, thread, heads);
-    while (next_item(&items, &h)) {
-        struct Matrix key = blob_matrix(&l->key, 0, h), up = blob_matrix(&l->value, 0, h);
-        quantize_factors(s, w, &key, &up);
+    while (next_item(&items, &head)) {
+        struct Matrix key = blob_matrix(&l->key, 0, head), up = blob_matrix(&l->value, 0, head);
+        prepare_factors(s, w, &key, &up);
         for (size_t t = 0; t < s->n; t++) {
-            float *q = s->q + (t * heads + h) * dim;
-            prepare_mla_query(s, t, q);
-            quantize_query(s, w, t, q, nope, dim - nope);
+            memcpy(place_query(w, t, key_cols), s->q + (t * heads + head) * dim, dim * sizeof *s->q);
+            quantize_query(s, w, t, nope, rope);
         }
-        struct Queries all = {.count = s->n, .heads = 1, .key_dim = q8_expanded_key_cols(c), .rows = w->queries.rows, .mixed = w->mixed,
-                              .mixed_stride = padded(value), .value_dim = padded(value), .maxima = w->maxima, .sums = w->sums};
+        struct Queries all = {.count = s->n, .heads = 1, .rows = w->queries.rows, .key_cols = key_cols, .value_cols = value_cols,
+                              .mixed = w->mixed, .maxima = w->maxima, .sums = w->sums};
         start_softmax(&all);
-        size_t end = s->position + s->n;
         for (size_t first = 0; first < end; first += CACHE_BLOCK) {
             size_t count = min_size(CACHE_BLOCK, end - first);
-            expand_q8_block(s, w, cache_keys(s, layer, 0, first), count);
+            expand_block(s, w, cache_keys(s, layer, 0, first), count);
             for (size_t t = first > s->position ? first - s->position : 0; t < s->n; t += ATTENTION_QUERIES) {
-                struct Queries some = slice_queries(&all, t, min_size(ATTENTION_QUERIES, s->n - t));
-                attend_q8_block(s, w, &some, first, min_size(count, s->position + t + some.count - first), w->block_keys, w->block_values);
+                struct Queries some = {.count = min_size(ATTENTION_QUERIES, s->n - t), .heads = 1, .first_token = t, .rows = all.rows + t,
+                                       .key_cols = key_cols, .value_cols = value_cols, .mixed = all.mixed + t * value_cols,
+                                       .maxima = all.maxima + t, .sums = all.sums + t};
+                attend_block(s, w, &some, first, min_size(count, s->position + t + some.count - first), dtype, w->block_keys, w->block_values);
             }
         }
         end_softmax(&all);
-        for (size_t t = 0; t < s->n; t++) memcpy(row_values(&s->attended, t) + h * value, w->mixed + t * padded(value), value * sizeof(float));
-    }
-}
-
-// Many tokens: a head expands each piece of the cache to its own keys and values. One item a head.
-static void attend_mla_expanded(struct Session *s, int thread, size_t layer) {
-    const struct ModelConfig *c = &s->model->config;
-    const struct Layer *l = &s->model->layers[layer];
-    struct Worker *w = &s->workers[thread];
-    size_t heads = c->num_attention_heads, lora = c->kv_lora_rank, nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim;
-    size_t dim = query_dim(c), row = cache_key_dim(c), value = c->v_head_dim, h;
-    size_t nope_width = align_up(nope, PANEL_ROWS), value_width = align_up(value, PANEL_ROWS);
-    struct Items items = share_items(s->team, thread, heads);
-    while (next_item(&items, &h)) {
-        struct Matrix key = blob_matrix(&l->key, 0, h), up = blob_matrix(&l->value, 0, h);
-        expand_factor(&key, w->key_factor);
-        expand_factor(&up, w->value_factor);
-        for (size_t t = 0; t < s->n; t++) prepare_mla_query(s, t, s->q + (t * heads + h) * dim);
-        struct Queries all = {.count = s->n, .heads = 1, .q = s->q + h * dim, .q_stride = heads * dim, .key_dim = dim,
-                              .mixed = row_values(&s->attended, 0) + h * value, .mixed_stride = row_stride(heads * value),
-                              .value_dim = value, .rows = w->queries.rows, .maxima = w->maxima, .sums = w->sums};
-        start_softmax(&all);
-        size_t end = s->position + s->n;
-        for (size_t first = 0; first < end; first += ATTENTION_CHUNK) {
-            size_t count = min_size(ATTENTION_CHUNK, end - first);
-            read_float_rows(s, cache_keys(s, layer, 0, first), s->key_row_bytes, count, row, w->latents);
-            // The product fills nope_width columns of each key; the rotated part then overwrites any padding behind nope.
-            size_t key_stride = nope_width + rope;
-            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)count, (int)nope_width, (int)lora, 1, w->latents, (int)row,
-                        w->key_factor, (int)nope_width, 0, w->keys, (int)key_stride);
-            for (size_t j = 0; j < count; j++) memcpy(w->keys + j * key_stride + nope, w->latents + j * row + lora, rope * sizeof(float));
-            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)count, (int)value_width, (int)lora, 1, w->latents, (int)row,
-                        w->value_factor, (int)value_width, 0, w->values, (int)value_width);
-            for (size_t t = 0; t < s->n; t += ATTENTION_QUERIES) {
-                struct Queries some = slice_queries(&all, t, min_size(ATTENTION_QUERIES, s->n - t));
-                if (s->position + t + some.count > first)
-                    attend_chunk(s, w, &some, first, count, w->keys, key_stride, w->values, value_width);
-            }
-        }
-        end_softmax(&all);
+        for (size_t t = 0; t < s->n; t++)
+            memcpy(row_values(&s->attended, t) + head * c->v_head_dim, w->mixed + t * value_cols, c->v_head_dim * sizeof(float));
     }
 }
 
@@ -2582,18 +2544,15 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
     if (is_mla(c)) {
         struct Product q_full = {&l->q_b, s->input.rows, s->q, q_width, NULL, false};
         struct Product q_down = {&l->q_a, s->input.rows, s->q_latent, c->q_lora_rank, NULL, false};
-        struct Product kv_down = {&l->kv_a, s->input.rows, s->kv_latent, cache_key_dim(c), NULL, false};
+        struct Product kv_down = {&l->kv_a, s->input.rows, s->kv_latent, cache_key_cols(c, DTYPE_F32), NULL, false};
         multiply(s, thread, (struct Product[]){c->q_lora_rank ? q_down : q_full, kv_down}, 2, s->n);
         team_barrier(s->team);
         store_latents(s, thread, layer);
-        team_barrier(s->team);
         if (c->q_lora_rank) {
+            team_barrier(s->team);
             multiply(s, thread, &(struct Product){&l->q_b, s->latent.rows, s->q, q_width, NULL, false}, 1, s->n);
             team_barrier(s->team);
         }
-        if (s->n < s->expand_tokens) attend_mla_absorbed(s, thread, layer);
-        else if (s->options.cache == CACHE_Q8) attend_mla_q8(s, thread, layer);
-        else attend_mla_expanded(s, thread, layer);
     } else {
         size_t kv_width = (size_t)c->num_key_value_heads * c->head_dim;
         multiply(s, thread, (struct Product[]){{&l->q, s->input.rows, s->q, q_width, l->q_bias, false},
@@ -2601,9 +2560,11 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
                                                {&l->v, s->input.rows, s->v, kv_width, l->v_bias, false}}, 3, s->n);
         team_barrier(s->team);
         store_keys_values(s, thread, layer);
-        team_barrier(s->team);
-        attend_gqa(s, thread, layer);
     }
+    prepare_queries(s, thread, layer);
+    team_barrier(s->team);
+    if (is_mla(c) && s->n >= s->expand_tokens) attend_expanded(s, thread, layer);
+    else attend_cache(s, thread, layer);
     team_barrier(s->team);
     for (size_t t = (size_t)thread; t < s->n; t += (size_t)s->team->threads) quantize_activations(s, &s->attended, t, attended);
     team_barrier(s->team);

@@ -86,7 +86,11 @@ struct ModelConfig {
     double rope_high_freq_factor; // llama3
 };
 
-enum Dtype { DTYPE_F32 = 1, DTYPE_BF16, DTYPE_F8, DTYPE_Q8, DTYPE_Q4, DTYPE_Q6, DTYPE_COUNT };
+enum Dtype {
+    DTYPE_F32 = 1, DTYPE_BF16, DTYPE_F8, DTYPE_Q8, DTYPE_Q4, DTYPE_Q6,
+    DTYPE_COUNT,
+    DTYPE_F16 = DTYPE_COUNT,      // [k][32] half-precision numbers: of the engine's cache, no file has it
+};
 #define RECIPE_SOURCE 0
 
 static inline const char *dtype_name(uint32_t dtype) {
@@ -294,7 +298,7 @@ static inline uint64_t block_head_bytes(uint32_t dtype, uint64_t k) {
 static inline uint64_t value_bytes(uint32_t dtype, uint64_t k) {
     switch (dtype) {
     case DTYPE_F32: return k * PANEL_ROWS * 4;
-    case DTYPE_BF16: return k * PANEL_ROWS * 2;
+    case DTYPE_BF16: case DTYPE_F16: return k * PANEL_ROWS * 2;
     case DTYPE_F8: case DTYPE_Q8: return k * PANEL_ROWS;
     case DTYPE_Q4: return k * PANEL_ROWS / 2;
     case DTYPE_Q6: return k / Q6_COLUMNS * Q6_BYTES;

@@ -71,9 +71,10 @@ AVX2_INLINE __m128 sum_lanes_avx2(__m256 a, __m256 b, __m256 c, __m256 d) {
         }                                                                                                               \
     }
 
-AVX2_INLINE void product_f32_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
-                                       const size_t vectors, float *out) {
-    const float *w = (const float *)(const void *)panel;                   // [cols][32]
+// Floats, or half-precision numbers: [cols][32].
+AVX2_INLINE void product_floats_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                          const size_t vectors, float *out, const bool halves) {
+    const size_t size = halves ? 2 : 4;
     memset(out, 0, n * PANEL_ROWS * sizeof *out);
     for (size_t first = 0; first < cols; first += K_BLOCK)
         for (size_t row = 0; row < PANEL_ROWS; row += 8 * vectors) {
@@ -83,10 +84,12 @@ AVX2_INLINE void product_f32_avx2_tile(const uint8_t *panel, size_t cols, const 
                 UNROLL for (size_t v = 0; v < vectors; v++)
                     sum[t][v] = _mm256_loadu_ps(out + t * PANEL_ROWS + row + 8 * v);
             for (size_t k = first; k < end; k++) {
-                const float *column = w + k * PANEL_ROWS + row;
+                const uint8_t *column = panel + (k * PANEL_ROWS + row) * size;
                 if (row == 0) prefetch_weights(column);
                 UNROLL for (size_t v = 0; v < vectors; v++) {
-                    __m256 weights = _mm256_loadu_ps(column + 8 * v);
+                    const uint8_t *eight = column + 8 * v * size;
+                    __m256 weights = halves ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)eight))
+                                            : _mm256_loadu_ps((const float *)(const void *)eight);
                     UNROLL for (size_t t = 0; t < n; t++)
                         sum[t][v] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[t].values[k]), sum[t][v]);
                 }
@@ -367,17 +370,18 @@ AVX2_INLINE void product_q6_avx2_tile(const uint8_t *panel, size_t cols, const s
 }
 
 #define NO_MORE
-#define WITHOUT_VNNI , false
-#define WITH_VNNI , true
-AVX2_PRODUCT(product_f32_avx2, product_f32_avx2_tile, NO_MORE)
+#define WITHOUT , false
+#define WITH , true
+AVX2_PRODUCT(product_f32_avx2, product_floats_avx2_tile, WITHOUT)
+AVX2_PRODUCT(product_f16_avx2, product_floats_avx2_tile, WITH)
 AVX2_PRODUCT(product_bf16_avx2, product_bf16_avx2_tile, NO_MORE)
 AVX2_PRODUCT(product_f8_avx2, product_f8_avx2_tile, NO_MORE)
-AVX2_PRODUCT(product_q8_avx2, product_q8_avx2_tile, WITHOUT_VNNI)
-AVX2_PRODUCT(product_q4_avx2, product_q4_avx2_tile, WITHOUT_VNNI)
-AVX2_PRODUCT(product_q6_avx2, product_q6_avx2_tile, WITHOUT_VNNI)
-AVX2_PRODUCT(product_q8_avxvnni, product_q8_avx2_tile, WITH_VNNI)
-AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, WITH_VNNI)
-AVX2_PRODUCT(product_q6_avxvnni, product_q6_avx2_tile, WITH_VNNI)
+AVX2_PRODUCT(product_q8_avx2, product_q8_avx2_tile, WITHOUT)
+AVX2_PRODUCT(product_q4_avx2, product_q4_avx2_tile, WITHOUT)
+AVX2_PRODUCT(product_q6_avx2, product_q6_avx2_tile, WITHOUT)
+AVX2_PRODUCT(product_q8_avxvnni, product_q8_avx2_tile, WITH)
+AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, WITH)
+AVX2_PRODUCT(product_q6_avxvnni, product_q6_avx2_tile, WITH)
 
 // ---- products of many tokens
 // Unpacked weights are what they are, int8, for plain AVX2. For AVX-VNNI they have 128 added already.
@@ -647,40 +651,6 @@ AVX2 static void quantize_block_avx2(const float *x, size_t cols, int8_t *quants
     }
 }
 
-// The scores of four rows, which lie anywhere. The order of additions in a row is the same whichever place it has.
-AVX2_INLINE __m128 score_four_avx2(const float *q, const float *a, const float *b, const float *c, const float *d,
-                                   size_t cols) {
-    __m256 sum_a = _mm256_setzero_ps(), sum_b = sum_a, sum_c = sum_a, sum_d = sum_a;
-    size_t i = 0;
-    for (; i + 8 <= cols; i += 8) {
-        __m256 value = _mm256_loadu_ps(q + i);
-        sum_a = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), value, sum_a);
-        sum_b = _mm256_fmadd_ps(_mm256_loadu_ps(b + i), value, sum_b);
-        sum_c = _mm256_fmadd_ps(_mm256_loadu_ps(c + i), value, sum_c);
-        sum_d = _mm256_fmadd_ps(_mm256_loadu_ps(d + i), value, sum_d);
-    }
-    __m128 scores = sum_lanes_avx2(sum_a, sum_b, sum_c, sum_d);
-    for (; i < cols; i++) scores = _mm_fmadd_ps(_mm_setr_ps(a[i], b[i], c[i], d[i]), _mm_set1_ps(q[i]), scores);
-    return scores;
-}
-
-AVX2 static void score_rows_avx2(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols,
-                                 float *scores) {
-    for (size_t j = 0; j < count; j += 4) {
-        size_t left = count - j;
-        const float *a = rows + j * row_stride, *b = left > 1 ? a + row_stride : a;
-        const float *c = left > 2 ? a + 2 * row_stride : a, *d = left > 3 ? a + 3 * row_stride : a;
-        __m128 four = score_four_avx2(q, a, b, c, d, cols);
-        if (left >= 4) {
-            _mm_storeu_ps(scores + j, four);
-        } else {
-            float kept[4];
-            _mm_storeu_ps(kept, four);
-            memcpy(scores + j, kept, left * sizeof *kept);
-        }
-    }
-}
-
 AVX2 static float dot_avx2(const float *x, const float *y, size_t n) {
     __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
     size_t i = 0;
@@ -693,30 +663,6 @@ AVX2 static float dot_avx2(const float *x, const float *y, size_t n) {
     float total = _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)));
     for (; i < n; i++) total += x[i] * y[i];
     return total;
-}
-
-// out[0 .. 8 vectors - 1] of mix_rows, kept in registers while the rows pass.
-AVX2_INLINE void mix_columns_avx2(const float *weights, const float *rows, size_t row_stride, size_t count, float *out,
-                                  const size_t vectors) {
-    __m256 sum[8];
-    UNROLL for (size_t v = 0; v < vectors; v++) sum[v] = _mm256_loadu_ps(out + 8 * v);
-    for (size_t j = 0; j < count; j++) {
-        const float *row = rows + j * row_stride;
-        __m256 weight = _mm256_set1_ps(weights[j]);
-        UNROLL for (size_t v = 0; v < vectors; v++)
-            sum[v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(row + 8 * v), sum[v]);
-    }
-    UNROLL for (size_t v = 0; v < vectors; v++) _mm256_storeu_ps(out + 8 * v, sum[v]);
-}
-
-AVX2 static void mix_rows_avx2(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols,
-                               float *out) {
-    size_t c = 0;
-    for (; c + 64 <= cols; c += 64) mix_columns_avx2(weights, rows + c, row_stride, count, out + c, 8);
-    for (; c + 8 <= cols; c += 8) mix_columns_avx2(weights, rows + c, row_stride, count, out + c, 1);
-    if (c < cols)
-        for (size_t j = 0; j < count; j++)
-            for (size_t i = c; i < cols; i++) out[i] += weights[j] * rows[j * row_stride + i];
 }
 
 // exp_float() of 8 numbers.
@@ -764,13 +710,6 @@ AVX2 static void silu_multiply_avx2(float *gate, const float *up, size_t n) {
         _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
     }
     silu_multiply_body(gate + i, up + i, n - i);
-}
-
-AVX2 static void half_to_float_avx2(const uint16_t *half, float *out, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(half + i))));
-    for (; i < n; i++) out[i] = float_from_half(half[i]);
 }
 
 AVX2 static void float_to_half_avx2(const float *x, uint16_t *half, size_t n) {
@@ -895,20 +834,17 @@ static bool has_avxvnni(void) {
     {                                                                                                                   \
         .name = table,                                                                                                  \
         .product = {[DTYPE_F32] = product_f32_avx2, [DTYPE_BF16] = product_bf16_avx2, [DTYPE_F8] = product_f8_avx2,     \
-                    [DTYPE_Q8] = q8, [DTYPE_Q4] = q4, [DTYPE_Q6] = q6},                                                 \
+                    [DTYPE_Q8] = q8, [DTYPE_Q4] = q4, [DTYPE_Q6] = q6, [DTYPE_F16] = product_f16_avx2},                 \
         .unpack = {[DTYPE_Q8] = unpacking_q8, [DTYPE_Q4] = unpacking_q4, [DTYPE_Q6] = unpacking_q6},                    \
         .multiply_unpacked = multiplying,                                                                               \
         .quantize_block = quantize_block_avx2,                                                                          \
         .rotate_columns = rotate_columns_avx2,                                                                          \
         .dot = dot_avx2,                                                                                                \
-        .score_rows = score_rows_avx2,                                                                                  \
-        .mix_rows = mix_rows_avx2,                                                                                      \
         .find_maximum = find_maximum_avx2,                                                                              \
         .quantize_keys = quantize_keys_avx2,                                                                            \
         .quantize_values = quantize_values_avx2,                                                                        \
         .exp_row = exp_row_avx2,                                                                                        \
         .silu_multiply = silu_multiply_avx2,                                                                            \
-        .half_to_float = half_to_float_avx2,                                                                            \
         .float_to_half = float_to_half_avx2,                                                                            \
         .read_probe = read_probe_avx2,                                                                                  \
         .multiply_probe = probe,                                                                                        \

@@ -198,15 +198,16 @@ AVX512_INLINE void product_q6_avx512_tile(const uint8_t *panel, size_t cols, con
     }
 }
 
-// Weights of two float vectors a column: 16 rows each.
-AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
-                                           float *out) {
-    const float *w = (const float *)(const void *)panel;                   // [cols][32]
+// Weights of two vectors a column, 16 rows each: floats, or half-precision numbers.
+AVX512_INLINE void product_floats_avx512(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n, float *out,
+                                         const bool halves) {
     __m512 sum[TILE_TOKENS][2];
     UNROLL for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
-    for (size_t k = 0; k < cols; k++, w += PANEL_ROWS) {
-        prefetch_weights(w);
-        __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16);
+    for (size_t k = 0; k < cols; k++) {
+        const uint8_t *w = panel + k * PANEL_ROWS * (halves ? 2 : 4);       // [cols][32]
+        if (!halves || k % 2 == 0) prefetch_weights(w);
+        __m512 w0 = halves ? _mm512_cvtph_ps(load_bytes_avx2(w)) : _mm512_loadu_ps(w);
+        __m512 w1 = halves ? _mm512_cvtph_ps(load_bytes_avx2(w + 32)) : _mm512_loadu_ps(w + 64);
         UNROLL for (size_t t = 0; t < n; t++) {
             __m512 value = _mm512_set1_ps(x[t].values[k]);
             sum[t][0] = _mm512_fmadd_ps(w0, value, sum[t][0]);
@@ -217,6 +218,16 @@ AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, co
         _mm512_storeu_ps(out + t * PANEL_ROWS, sum[t][0]);
         _mm512_storeu_ps(out + t * PANEL_ROWS + 16, sum[t][1]);
     }
+}
+
+AVX512_INLINE void product_f32_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                           float *out) {
+    product_floats_avx512(panel, cols, x, n, out, false);
+}
+
+AVX512_INLINE void product_f16_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                           float *out) {
+    product_floats_avx512(panel, cols, x, n, out, true);
 }
 
 // A lane holds two columns of a row; each is the upper half of a float.
@@ -320,6 +331,7 @@ AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, con
 
 AVX512_PRODUCT(product_f32_avx512)
 AVX512_PRODUCT(product_bf16_avx512)
+AVX512_PRODUCT(product_f16_avx512)
 AVX512_PRODUCT(product_f8_avx512)
 AVX512_PRODUCT(product_q8_avx512)
 AVX512_PRODUCT(product_q4_avx512)
@@ -512,39 +524,6 @@ AVX512 static void quantize_block_avx512(const float *x, size_t cols, int8_t *qu
     }
 }
 
-// The scores of four rows, which lie anywhere. The order of additions in a row is the same whichever place it has.
-AVX512_INLINE __m128 score_four_avx512(const float *q, const float *a, const float *b, const float *c, const float *d,
-                                       size_t cols) {
-    __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a, sum_c = sum_a, sum_d = sum_a;
-    size_t i = 0;
-    for (; i + 16 <= cols; i += 16) {
-        __m512 value = _mm512_loadu_ps(q + i);
-        sum_a = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), value, sum_a);
-        sum_b = _mm512_fmadd_ps(_mm512_loadu_ps(b + i), value, sum_b);
-        sum_c = _mm512_fmadd_ps(_mm512_loadu_ps(c + i), value, sum_c);
-        sum_d = _mm512_fmadd_ps(_mm512_loadu_ps(d + i), value, sum_d);
-    }
-    if (i < cols) {
-        __mmask16 lanes = lanes_avx512(cols - i);
-        __m512 value = _mm512_maskz_loadu_ps(lanes, q + i);
-        sum_a = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, a + i), value, sum_a);
-        sum_b = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, b + i), value, sum_b);
-        sum_c = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, c + i), value, sum_c);
-        sum_d = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, d + i), value, sum_d);
-    }
-    return sum_lanes_avx2(fold_avx512(sum_a), fold_avx512(sum_b), fold_avx512(sum_c), fold_avx512(sum_d));
-}
-
-AVX512 static void score_rows_avx512(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols,
-                                     float *scores) {
-    for (size_t j = 0; j < count; j += 4) {
-        size_t left = min_size(4, count - j);
-        const float *a = rows + j * row_stride, *b = left > 1 ? a + row_stride : a;
-        const float *c = left > 2 ? a + 2 * row_stride : a, *d = left > 3 ? a + 3 * row_stride : a;
-        _mm_mask_storeu_ps(scores + j, (__mmask8)((1u << left) - 1), score_four_avx512(q, a, b, c, d, cols));
-    }
-}
-
 AVX512 static float dot_avx512(const float *x, const float *y, size_t n) {
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     size_t i = 0;
@@ -556,33 +535,6 @@ AVX512 static float dot_avx512(const float *x, const float *y, size_t n) {
         sum[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, x + i), _mm512_maskz_loadu_ps(lanes, y + i), sum[0]);
     }
     return sum_avx512(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
-}
-
-// `vectors` vectors of mix_rows' out, kept in registers while the rows pass; the last one has only some lanes.
-AVX512_INLINE void mix_columns_avx512(const float *weights, const float *rows, size_t row_stride, size_t count,
-                                      float *out, const size_t vectors, __mmask16 last_lanes) {
-    __m512 sum[8];
-    UNROLL for (size_t v = 0; v + 1 < vectors; v++) sum[v] = _mm512_loadu_ps(out + 16 * v);
-    sum[vectors - 1] = _mm512_maskz_loadu_ps(last_lanes, out + 16 * (vectors - 1));
-    for (size_t j = 0; j < count; j++) {
-        const float *row = rows + j * row_stride;
-        __m512 weight = _mm512_set1_ps(weights[j]);
-        UNROLL for (size_t v = 0; v + 1 < vectors; v++)
-            sum[v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(row + 16 * v), sum[v]);
-        sum[vectors - 1] =
-            _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(last_lanes, row + 16 * (vectors - 1)), sum[vectors - 1]);
-    }
-    UNROLL for (size_t v = 0; v + 1 < vectors; v++) _mm512_storeu_ps(out + 16 * v, sum[v]);
-    _mm512_mask_storeu_ps(out + 16 * (vectors - 1), last_lanes, sum[vectors - 1]);
-}
-
-AVX512 static void mix_rows_avx512(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols,
-                                   float *out) {
-    size_t c = 0;
-    for (; c + 128 <= cols; c += 128) mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 8, 0xffff);
-    for (; c + 64 <= cols; c += 64) mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 4, 0xffff);
-    for (; c < cols; c += 16)
-        mix_columns_avx512(weights, rows + c, row_stride, count, out + c, 1, lanes_avx512(cols - c));
 }
 
 // exp_float() of 16 numbers.
@@ -622,13 +574,6 @@ AVX512 static void silu_multiply_avx512(float *gate, const float *up, size_t n) 
         __m512 exponential = exp_avx512(_mm512_xor_ps(g, _mm512_set1_ps(-0.0f)));
         __m512 silu = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential));
         _mm512_mask_storeu_ps(gate + i, lanes, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(lanes, up + i)));
-    }
-}
-
-AVX512 static void half_to_float_avx512(const uint16_t *half, float *out, size_t n) {
-    for (size_t i = 0; i < n; i += 16) {
-        __mmask16 lanes = lanes_avx512(n - i);
-        _mm512_mask_storeu_ps(out + i, lanes, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, half + i)));
     }
 }
 
@@ -725,20 +670,18 @@ static void multiply_probe_avx512(uint64_t rounds) {
 static const struct Kernels avx512_kernels = {
     .name = "avx512",
     .product = {[DTYPE_F32] = product_f32_avx512, [DTYPE_BF16] = product_bf16_avx512, [DTYPE_F8] = product_f8_avx512,
-                [DTYPE_Q8] = product_q8_avx512, [DTYPE_Q4] = product_q4_avx512, [DTYPE_Q6] = product_q6_avx512},
+                [DTYPE_Q8] = product_q8_avx512, [DTYPE_Q4] = product_q4_avx512, [DTYPE_Q6] = product_q6_avx512,
+                [DTYPE_F16] = product_f16_avx512},
     .unpack = {[DTYPE_Q8] = unpack_q8_avx512, [DTYPE_Q4] = unpack_q4_avx512, [DTYPE_Q6] = unpack_q6_avx512},
     .multiply_unpacked = multiply_unpacked_avx512,
     .quantize_block = quantize_block_avx512,
     .rotate_columns = rotate_columns_avx512,
     .dot = dot_avx512,
-    .score_rows = score_rows_avx512,
-    .mix_rows = mix_rows_avx512,
     .find_maximum = find_maximum_avx512,
     .quantize_keys = quantize_keys_avx512,
     .quantize_values = quantize_values_avx512,
     .exp_row = exp_row_avx512,
     .silu_multiply = silu_multiply_avx512,
-    .half_to_float = half_to_float_avx512,
     .float_to_half = float_to_half_avx512,
     .read_probe = read_probe_avx512,
     .multiply_probe = multiply_probe_avx512,

@@ -82,9 +82,11 @@ INLINE int8x16_t broadcast_quants_neon(const int8_t *quants) {
         }                                                                                                               \
     }
 
-INLINE void product_f32_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
-                                  const size_t vectors, float *out) {
-    const float *w = (const float *)(const void *)panel;                   // [cols][32]
+// Floats, or half-precision numbers: [cols][32].
+INLINE void product_floats_neon_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
+                                     const size_t vectors, float *out, const bool halves) {
+    const float *w = (const float *)(const void *)panel;
+    const uint16_t *half = (const uint16_t *)(const void *)panel;
     memset(out, 0, n * PANEL_ROWS * sizeof *out);
     for (size_t first = 0; first < cols; first += K_BLOCK)
         for (size_t row = 0; row < PANEL_ROWS; row += 4 * vectors) {
@@ -94,7 +96,8 @@ INLINE void product_f32_neon_tile(const uint8_t *panel, size_t cols, const struc
                 UNROLL for (size_t v = 0; v < vectors; v++) sum[t][v] = vld1q_f32(out + t * PANEL_ROWS + row + 4 * v);
             for (size_t k = first; k < end; k++)
                 UNROLL for (size_t v = 0; v < vectors; v++) {
-                    float32x4_t weights = vld1q_f32(w + k * PANEL_ROWS + row + 4 * v);
+                    size_t at = k * PANEL_ROWS + row + 4 * v;
+                    float32x4_t weights = halves ? vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half + at))) : vld1q_f32(w + at);
                     UNROLL for (size_t t = 0; t < n; t++)
                         sum[t][v] = vfmaq_f32(sum[t][v], weights, vdupq_n_f32(x[t].values[k]));
                 }
@@ -323,17 +326,18 @@ INLINE void product_q6_neon_tile(const uint8_t *panel, size_t cols, const struct
 }
 
 #define NO_MORE
-#define WITHOUT_DOTPROD , false
-#define WITH_DOTPROD , true
-NEON_PRODUCT(product_f32_neon, product_f32_neon_tile, NO_MORE)
+#define WITHOUT , false
+#define WITH , true
+NEON_PRODUCT(product_f32_neon, product_floats_neon_tile, WITHOUT)
+NEON_PRODUCT(product_f16_neon, product_floats_neon_tile, WITH)
 NEON_PRODUCT(product_bf16_neon, product_bf16_neon_tile, NO_MORE)
 NEON_PRODUCT(product_f8_neon, product_f8_neon_tile, NO_MORE)
-NEON_PRODUCT(product_q8_widening, product_q8_neon_tile, WITHOUT_DOTPROD)
-NEON_PRODUCT(product_q4_widening, product_q4_neon_tile, WITHOUT_DOTPROD)
-NEON_PRODUCT(product_q6_widening, product_q6_neon_tile, WITHOUT_DOTPROD)
-NEON_PRODUCT(product_q8_dotprod, product_q8_neon_tile, WITH_DOTPROD)
-NEON_PRODUCT(product_q4_dotprod, product_q4_neon_tile, WITH_DOTPROD)
-NEON_PRODUCT(product_q6_dotprod, product_q6_neon_tile, WITH_DOTPROD)
+NEON_PRODUCT(product_q8_widening, product_q8_neon_tile, WITHOUT)
+NEON_PRODUCT(product_q4_widening, product_q4_neon_tile, WITHOUT)
+NEON_PRODUCT(product_q6_widening, product_q6_neon_tile, WITHOUT)
+NEON_PRODUCT(product_q8_dotprod, product_q8_neon_tile, WITH)
+NEON_PRODUCT(product_q4_dotprod, product_q4_neon_tile, WITH)
+NEON_PRODUCT(product_q6_dotprod, product_q6_neon_tile, WITH)
 
 static void product_q8_neon(const uint8_t *panel, size_t cols, const struct Row *x, size_t n, float *out) {
     (best_products_neon == WIDENING ? product_q8_widening : product_q8_dotprod)(panel, cols, x, n, out);
@@ -561,30 +565,6 @@ static float dot_neon(const float *x, const float *y, size_t n) {
     return total;
 }
 
-static void score_rows_neon(const float *q, const float *rows, size_t row_stride, size_t count, size_t cols,
-                            float *scores) {
-    for (size_t j = 0; j < count; j++) scores[j] = dot_neon(q, rows + j * row_stride, cols);
-}
-
-// out[0 .. 4 vectors - 1] of mix_rows, kept in registers while the rows pass.
-INLINE void mix_columns_neon(const float *weights, const float *rows, size_t row_stride, size_t count, float *out,
-                             const size_t vectors) {
-    float32x4_t sum[8];
-    UNROLL for (size_t v = 0; v < vectors; v++) sum[v] = vld1q_f32(out + 4 * v);
-    for (size_t j = 0; j < count; j++)
-        UNROLL for (size_t v = 0; v < vectors; v++)
-        sum[v] = vfmaq_n_f32(sum[v], vld1q_f32(rows + j * row_stride + 4 * v), weights[j]);
-    UNROLL for (size_t v = 0; v < vectors; v++) vst1q_f32(out + 4 * v, sum[v]);
-}
-
-static void mix_rows_neon(const float *weights, const float *rows, size_t row_stride, size_t count, size_t cols,
-                          float *out) {
-    size_t c = 0;
-    for (; c + 32 <= cols; c += 32) mix_columns_neon(weights, rows + c, row_stride, count, out + c, 8);
-    for (; c + 4 <= cols; c += 4) mix_columns_neon(weights, rows + c, row_stride, count, out + c, 1);
-    mix_rows_body(weights, rows + c, row_stride, count, cols - c, out + c);
-}
-
 // One stage of hadamard_down(), and all of it, of 16 rows of 4 columns that stand in registers.
 INLINE void hadamard_stage_neon(float32x4_t *row, const size_t half) {
     _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) {
@@ -636,12 +616,6 @@ static void rotate_columns_neon(const float *x, size_t n, float *out) {
     }
 }
 
-static void half_to_float_neon(const uint16_t *half, float *out, size_t n) {
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half + i))));
-    half_to_float_body(half + i, out + i, n - i);
-}
-
 // ---- what `r1 bench` measures the processor's limit with: the multiplications that the products above use
 
 #define PROBE_REGISTERS(STEP)                                                                                           \
@@ -673,20 +647,18 @@ static void multiply_probe_neon(uint64_t rounds) {
 static const struct Kernels neon_kernels = {
     .name = "neon",
     .product = {[DTYPE_F32] = product_f32_neon, [DTYPE_BF16] = product_bf16_neon, [DTYPE_F8] = product_f8_neon,
-                [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon, [DTYPE_Q6] = product_q6_neon},
+                [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon, [DTYPE_Q6] = product_q6_neon,
+                [DTYPE_F16] = product_f16_neon},
     .unpack = {[DTYPE_Q8] = unpack_q8_neon, [DTYPE_Q4] = unpack_q4_neon, [DTYPE_Q6] = unpack_q6_neon},
     .multiply_unpacked = multiply_unpacked_neon,
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_neon,
     .dot = dot_neon,
-    .score_rows = score_rows_neon,
-    .mix_rows = mix_rows_neon,
     .find_maximum = find_maximum_body,
     .quantize_keys = quantize_keys_body,
     .quantize_values = quantize_values_body,
     .exp_row = exp_row_body,
     .silu_multiply = silu_multiply_body,
-    .half_to_float = half_to_float_neon,
     .float_to_half = float_to_half_body,
     .read_probe = read_probe_body,
     .multiply_probe = multiply_probe_neon,

@@ -12,7 +12,7 @@ for name in r1_fp8 qwen2_bf16 llama_bf16; do
     for choice in "f32 f32" "bf16 f16" "f8 f16" "q8 f16" "q8 q8" "q6 f16" "q4 f16" "q4 q8"; do
         read -r type kv <<<"$choice"
         file=$(model $name "$type")
-        # Beyond 16 tokens OpenBLAS takes part, in other pieces for 20 tokens than for 60.
+        # Beyond 16 tokens OpenBLAS takes part.
         for threads in 1 2 3 4; do
             for batch in 20 60; do bits "$file" "$scratch/short" --kv "$kv" -t $threads --batch $batch; done >"$scratch/threads.$threads"
         done
@@ -27,5 +27,33 @@ for name in r1_fp8 qwen2_bf16 llama_bf16; do
             cmp -s "$scratch/batch.1" "$scratch/batch.$batch" || why="$why --batch $batch differs from --batch 1;"
         done
         if [ -z "$why" ]; then ok "$name, $type, $kv cache: --batch 1 to 16"; else fail "$name, $type, $kv cache: --batch 1 to 16" "$why"; fi
+    done
+done
+
+# Behind 4096 positions few tokens look at the cache in more than one span; 13 tokens at a time cross its end. A prefill goes
+# through the cache in one piece and must agree with that.
+[ -n "$quick" ] || for name in qwen2_bf16 moonlight_bf16; do
+    tr -s ' \n' '\n\n' <"$(prompt $name)" | grep . | head -n 50 >"$scratch/fifty"
+    for _ in $(seq 83); do cat "$scratch/fifty"; done | head -n 4109 >"$scratch/long"
+    file=$(model $name f32)
+    for kv in f32 f16 q8; do
+        what="$name, $kv cache, more than one span of it"
+        long() { # OPTION...
+            timeout 120 "$r1" logits "$file" --ids "$scratch/long" --kv $kv --logits 4090,4095,4096,4100,4108 "$@" 2>"$scratch/error" ||
+                echo "status $?: $(brief "$scratch/error")"
+        }
+        long -t 1 --batch 1 >"$scratch/spans.1"
+        why=
+        grep -q '^logits 4108 ' "$scratch/spans.1" || why="no logits: $(head -c 300 "$scratch/spans.1")"
+        for options in "-t 3 --batch 1" "-t 1 --batch 13" "-t 2 --batch 16"; do
+            # shellcheck disable=SC2086
+            long $options >"$scratch/spans.2"
+            cmp -s "$scratch/spans.1" "$scratch/spans.2" || why="$why $options differs from -t 1 --batch 1;"
+        done
+        if [ $kv = f32 ]; then
+            long --batch 512 >"$scratch/spans.2"
+            result=$("$build/tests/compare_golden" "$scratch/spans.2" "$scratch/spans.1") || why="$why against one prefill: $result"
+        fi
+        if [ -z "$why" ]; then ok "$what"; else fail "$what" "$why"; fi
     done
 done
