@@ -245,6 +245,31 @@ static bool loads(const struct File *file, size_t size, const char *what, size_t
     return false;
 }
 
+// Gate and up, whose panels alternate in the file, must have one shape: with another one of them every network is refused.
+static void test_gate_and_up(const struct File *file, const char *name) {
+    struct FilePreamble preamble;
+    memcpy(&preamble, file->bytes, sizeof preamble);
+    struct TensorEntry *entries = (struct TensorEntry *)(void *)(file->bytes + preamble.table_offset);
+    size_t networks = 0;
+    for (uint32_t i = 0; i < preamble.tensor_count; i++) {
+        if (entries[i].parts != ENTRY_MAX_PARTS) continue;
+        networks++;
+        uint64_t *const sizes[] = {&entries[i].rows[UP], &entries[i].cols[UP]};
+        for (int k = 0; k < 2; k++) {
+            char error[ERROR_BYTES] = "it loads";
+            *sizes[k] += K_GROUP;
+            mend_hash(file);
+            struct Model *model = model_from_memory(file->bytes, file->size, "some.r1", error);
+            EXPECT(strstr(error, entries[i].name) && strstr(error, "gate and up differ in shape"), "%s: %s", entries[i].name, error);
+            if (model) model_close(model);
+            *sizes[k] -= K_GROUP;
+        }
+    }
+    memcpy(file->bytes, &preamble, sizeof preamble);
+    EXPECT(networks, "no feed-forward network");
+    report("%s: gate and up of different shapes (%zu networks)", name, networks);
+}
+
 static void test_loader(const char *path) {
     const char *name = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
     struct File file = read_model(path);
@@ -276,6 +301,7 @@ static void test_loader(const char *path) {
         }
     report("%s: every byte changed behind the checksum's back (%zu still load)", name, accepted);
 
+    test_gate_and_up(&file, name);
     for (size_t size = 0; size < file.metadata; size += size < 512 ? 1 : 7) EXPECT(!loads(&file, size, "length", size), "a file of %zu bytes loads", size);
     report("%s: cut at every length", name);
     free(file.bytes);
