@@ -3152,12 +3152,28 @@ static const char *const count_units[] = {"", "thousand", "million", "billion", 
 #define BYTES(value) format_amount((double)(value), byte_units, (char[32]){0}, 32)
 #define COUNT(value) format_amount((double)(value), count_units, (char[32]){0}, 32)
 
+struct Copying {
+    const struct Team *team;
+    const struct Model *model;
+    uint8_t *copy;
+};
+
+// The threads copy 2 MB by turns: a page lies near the processor that writes it first, so that every layer is spread over the
+// memory of all processors, and a file that is not cached yet is read nearly in order.
+static void copy_share(void *argument, int thread) {
+    const struct Copying *copying = argument;
+    const struct Model *model = copying->model;
+    const size_t piece = 2 << 20;
+    for (size_t at = piece * (size_t)thread; at < model->size; at += piece * (size_t)copying->team->threads)
+        memcpy(copying->copy + at, model->bytes + at, min_size(piece, model->size - at));
+}
+
 // The same model in memory of its own, which the system can back with 2 MB pages; the file's mapping goes.
-static struct Model *copy_model(struct Model *model) {
+static struct Model *copy_model(struct Team *team, struct Model *model) {
     uint64_t available = available_memory();
     uint8_t *copy = available && model->size > available ? NULL : map_memory(model->size);
     if (!copy) die("%s: a copy takes %s of memory, %s are available; leave --copy out", model->name, BYTES(model->size), BYTES(available));
-    memcpy(copy, model->bytes, model->size);
+    team_run(team, copy_share, &(struct Copying){team, model, copy});
     char error[ERROR_BYTES];
     struct Model *moved = model_from_memory(copy, model->size, model->name, error);
     if (!moved) die("%s", error);
@@ -3170,7 +3186,7 @@ static struct Model *open_model(const struct Command *command, const char *path,
     char error[ERROR_BYTES];
     struct Model *model = model_open(path, error);
     if (!model) die("%s", error);
-    if (command->copy && model->mapped) model = copy_model(model);
+    if (command->copy && model->mapped) model = copy_model(command->team, model);
     if (needs_weights && !model->has_weights) {
         model_close(model);
         die("%s: the file holds a tokenizer and no weights (it was made with --tokenizer-only)", path);
