@@ -99,17 +99,59 @@ static void *map_memory(size_t bytes) {
     return memory;
 }
 
+// The number behind `name` in a file of /proc or /sys, whose lines start with names; with "" the number that the file is.
+// `otherwise` where there is none, as in "max".
+static uint64_t read_system_number(const char *folder, const char *file_name, const char *name, uint64_t otherwise) {
+    char path[8192], line[256];
+    snprintf(path, sizeof path, "%s/%s", folder, file_name);
+    FILE *file = fopen(path, "r");
+    if (!file) return otherwise;
+    uint64_t number = otherwise;
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, name, strlen(name)) == 0 && sscanf(line + strlen(name), "%" SCNu64, &number) == 1) break;
+    fclose(file);
+    return number;
+}
+
+// Bytes that can still be taken before the control group of this process (a container's, say), or one around it, reaches its
+// limit; UINT64_MAX without limits. Pages of files count as used there, but make way. `root` is "", or a test's folder that
+// stands for /.
+static uint64_t available_in_group(const char *root) {
+    static const struct { const char *line, *folder, *limit, *used, *pages[2]; } versions[] = {   // 1 and 2 of control groups
+        {"%*u:memory:%4095[^\n]", "/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", {"total_active_file ", "total_inactive_file "}},
+        {"0::%4095[^\n]", "", "memory.max", "memory.current", {"active_file ", "inactive_file "}},
+    };
+    uint64_t available = UINT64_MAX;
+    char path[6144], line[4096], group[4096];
+    snprintf(path, sizeof path, "%s/proc/self/cgroup", root);
+    FILE *file = fopen(path, "r");
+    while (file && fgets(line, sizeof line, file))
+        for (size_t v = 0; v < sizeof versions / sizeof *versions; v++) {
+            if (sscanf(line, versions[v].line, group) != 1) continue;
+            // Outwards to the top, which is where a container that sees no groups but its own has that one.
+            for (char *end = strchr(group, 0); end; end = strrchr(group, '/')) {
+                *end = 0;
+                snprintf(path, sizeof path, "%s/sys/fs/cgroup%s%s", root, versions[v].folder, group);
+                uint64_t limit = read_system_number(path, versions[v].limit, "", UINT64_MAX);
+                uint64_t used = read_system_number(path, versions[v].used, "", 0);
+                for (int i = 0; i < 2; i++) {
+                    uint64_t pages = read_system_number(path, "memory.stat", versions[v].pages[i], 0);
+                    used -= pages < used ? pages : used;
+                }
+                if (limit == UINT64_MAX) continue;
+                uint64_t left = used < limit ? limit - used : 0;
+                if (left < available) available = left;
+            }
+        }
+    if (file) fclose(file);
+    return available;
+}
+
 // Bytes of memory that a new program can still take without pushing others out; 0 if the system does not say.
 static uint64_t available_memory(void) {
-    uint64_t bytes = 0;
-    FILE *file = fopen("/proc/meminfo", "r");
-    if (file) {
-        char line[256];
-        uint64_t kilobytes;
-        while (fgets(line, sizeof line, file))
-            if (sscanf(line, "MemAvailable: %" SCNu64 " kB", &kilobytes) == 1) bytes = kilobytes << 10;
-        fclose(file);
-    }
+    uint64_t bytes = read_system_number("/proc", "meminfo", "MemAvailable:", 0) << 10;
+    uint64_t in_group = available_in_group("");
+    if (in_group < bytes) bytes = in_group ? in_group : 1;   // 0 would be taken for unknown
     struct rlimit limit;          // `ulimit -v`
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur < bytes) bytes = limit.rlim_cur;
     return bytes;
@@ -3071,12 +3113,28 @@ static const char *const count_units[] = {"", "thousand", "million", "billion", 
 #define BYTES(value) format_amount((double)(value), byte_units, (char[32]){0}, 32)
 #define COUNT(value) format_amount((double)(value), count_units, (char[32]){0}, 32)
 
+struct Copying {
+    const struct Team *team;
+    const struct Model *model;
+    uint8_t *copy;
+};
+
+// The threads copy 2 MB by turns: a page lies near the processor that writes it first, so that every layer is spread over the
+// memory of all processors, and a file that is not cached yet is read nearly in order.
+static void copy_share(void *argument, int thread) {
+    const struct Copying *copying = argument;
+    const struct Model *model = copying->model;
+    const size_t piece = 2 << 20;
+    for (size_t at = piece * (size_t)thread; at < model->size; at += piece * (size_t)copying->team->threads)
+        memcpy(copying->copy + at, model->bytes + at, min_size(piece, model->size - at));
+}
+
 // The same model in memory of its own, which the system can back with 2 MB pages; the file's mapping goes.
-static struct Model *copy_model(struct Model *model) {
+static struct Model *copy_model(struct Team *team, struct Model *model) {
     uint64_t available = available_memory();
     uint8_t *copy = available && model->size > available ? NULL : map_memory(model->size);
     if (!copy) die("%s: a copy takes %s of memory, %s are available; leave --copy out", model->name, BYTES(model->size), BYTES(available));
-    memcpy(copy, model->bytes, model->size);
+    team_run(team, copy_share, &(struct Copying){team, model, copy});
     char error[ERROR_BYTES];
     struct Model *moved = model_from_memory(copy, model->size, model->name, error);
     if (!moved) die("%s", error);
@@ -3089,7 +3147,7 @@ static struct Model *open_model(const struct Command *command, const char *path,
     char error[ERROR_BYTES];
     struct Model *model = model_open(path, error);
     if (!model) die("%s", error);
-    if (command->copy && model->mapped) model = copy_model(model);
+    if (command->copy && model->mapped) model = copy_model(command->team, model);
     if (needs_weights && !model->has_weights) {
         model_close(model);
         die("%s: the file holds a tokenizer and no weights (it was made with --tokenizer-only)", path);

@@ -4,6 +4,7 @@
 // The models are small ones that tests/groups/unit.sh converts; the loader is shown every single damaged byte of their
 // metadata, the forward pass every kind of garbage as weights. Prints a line "ok WHAT" or "FAIL WHAT: WHY" for each thing.
 #define _GNU_SOURCE
+#include <ftw.h>
 #include <jansson.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -244,6 +245,31 @@ static bool loads(const struct File *file, size_t size, const char *what, size_t
     return false;
 }
 
+// Gate and up, whose panels alternate in the file, must have one shape: with another one of them every network is refused.
+static void test_gate_and_up(const struct File *file, const char *name) {
+    struct FilePreamble preamble;
+    memcpy(&preamble, file->bytes, sizeof preamble);
+    struct TensorEntry *entries = (struct TensorEntry *)(void *)(file->bytes + preamble.table_offset);
+    size_t networks = 0;
+    for (uint32_t i = 0; i < preamble.tensor_count; i++) {
+        if (entries[i].parts != ENTRY_MAX_PARTS) continue;
+        networks++;
+        uint64_t *const sizes[] = {&entries[i].rows[UP], &entries[i].cols[UP]};
+        for (int k = 0; k < 2; k++) {
+            char error[ERROR_BYTES] = "it loads";
+            *sizes[k] += K_GROUP;
+            mend_hash(file);
+            struct Model *model = model_from_memory(file->bytes, file->size, "some.r1", error);
+            EXPECT(strstr(error, entries[i].name) && strstr(error, "gate and up differ in shape"), "%s: %s", entries[i].name, error);
+            if (model) model_close(model);
+            *sizes[k] -= K_GROUP;
+        }
+    }
+    memcpy(file->bytes, &preamble, sizeof preamble);
+    EXPECT(networks, "no feed-forward network");
+    report("%s: gate and up of different shapes (%zu networks)", name, networks);
+}
+
 static void test_loader(const char *path) {
     const char *name = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
     struct File file = read_model(path);
@@ -275,6 +301,7 @@ static void test_loader(const char *path) {
         }
     report("%s: every byte changed behind the checksum's back (%zu still load)", name, accepted);
 
+    test_gate_and_up(&file, name);
     for (size_t size = 0; size < file.metadata; size += size < 512 ? 1 : 7) EXPECT(!loads(&file, size, "length", size), "a file of %zu bytes loads", size);
     report("%s: cut at every length", name);
     free(file.bytes);
@@ -342,6 +369,66 @@ static void test_forward(const char *path) {
     sampler_free(&sampler);
     model_close(model);
     free(file.bytes);
+}
+
+// ---- the memory of a control group
+
+static void put_file(const char *folder, const char *name, const char *text) {
+    char path[256];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    for (char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        *slash = 0;
+        mkdir(path, 0700);
+        *slash = '/';
+    }
+    FILE *file = fopen(path, "w");
+    if (!file || fputs(text, file) < 0 || fclose(file) != 0) die("%s: %s", path, strerror(errno));
+}
+
+static int remove_found(const char *path, const struct stat *status, int kind, struct FTW *place) {
+    (void)status, (void)kind, (void)place;
+    return remove(path);
+}
+
+// Each case is a system of its own: what /proc/self/cgroup says, then names below /sys/fs/cgroup, each with what that says.
+static void test_groups(void) {
+    static const struct { const char *what; uint64_t expected; const char *membership, *files[12]; } cases[] = {
+        {"no limit", UINT64_MAX, "0::/a\n", {"a/memory.max", "max\n", "a/memory.current", "700\n"}},
+        {"a limit", 300, "0::/a\n", {"a/memory.max", "1000\n", "a/memory.current", "700\n"}},
+        {"used in part by pages of files", 350, "0::/a\n",
+         {"a/memory.max", "1000\n", "a/memory.current", "700\n",
+          "a/memory.stat", "anon 5000\nactive_anon 4000\ninactive_file 30\nactive_file 20\n"}},
+        {"more pages of files than bytes used", 1000, "0::/a\n",
+         {"a/memory.max", "1000\n", "a/memory.current", "40\n", "a/memory.stat", "inactive_file 30\nactive_file 20\n"}},
+        {"more used than the limit", 0, "0::/a\n", {"a/memory.max", "1000\n", "a/memory.current", "1700\n"}},
+        {"less left further out", 300, "0::/a/b/c\n",
+         {"a/b/c/memory.max", "max\n", "a/b/memory.max", "5000\n", "a/b/memory.current", "600\n",
+          "a/memory.max", "1000\n", "a/memory.current", "700\n"}},
+        {"less left further in", 200, "0::/a/b\n",
+         {"a/b/memory.max", "400\n", "a/b/memory.current", "200\n", "a/memory.max", "1000\n", "a/memory.current", "200\n"}},
+        {"a container that is the top", 100, "0::/\n", {"memory.max", "1000\n", "memory.current", "900\n"}},
+        {"a container with its host's name", 100, "0::/docker/12ab\n", {"memory.max", "1000\n", "memory.current", "900\n"}},
+        {"version 1", 340, "9:name=systemd:/x\n4:memory:/a b:c\n3:cpu,cpuacct:/\n0::/\n",
+         {"memory/a b:c/memory.limit_in_bytes", "1000\n", "memory/a b:c/memory.usage_in_bytes", "700\n",
+          "memory/a b:c/memory.stat", "inactive_file 1\nactive_file 2\ntotal_inactive_file 30\ntotal_active_file 10\n",
+          "memory/memory.limit_in_bytes", "9223372036854771712\n", "memory/x/memory.limit_in_bytes", "1\n"}},
+    };
+    char folder[] = "/tmp/r1-unit-XXXXXX", root[64];
+    if (!mkdtemp(folder)) die("%s: %s", folder, strerror(errno));
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        snprintf(root, sizeof root, "%s/%zu", folder, i);
+        EXPECT(available_in_group(root) == UINT64_MAX, "a limit without groups");
+        put_file(root, "proc/self/cgroup", cases[i].membership);
+        for (const char *const *file = cases[i].files; *file; file += 2) {
+            char name[64];
+            snprintf(name, sizeof name, "sys/fs/cgroup/%s", file[0]);
+            put_file(root, name, file[1]);
+        }
+        uint64_t available = available_in_group(root);
+        EXPECT(available == cases[i].expected, "%s: %" PRIu64 " bytes, expected %" PRIu64, cases[i].what, available, cases[i].expected);
+    }
+    nftw(folder, remove_found, 8, FTW_DEPTH | FTW_PHYS);
+    report("the memory that control groups leave");
 }
 
 // ---- known shapes
@@ -466,6 +553,7 @@ int main(int argc, char **argv) {
     test_sampler();
     test_utf8_stream();
     test_items();
+    test_groups();
     for (int i = 1; i < argc; i++) test_loader(argv[i]);
     for (int i = 1; i < argc; i++) test_forward(argv[i]);
     return any_failed;
