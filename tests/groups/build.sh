@@ -5,7 +5,7 @@ jobs=-j$(getconf _NPROCESSORS_ONLN)
 # tree NAME: a copy of the sources in $scratch/NAME.
 tree() {
     mkdir -p "$scratch/$1"
-    cp -r Makefile r1.c tokenizer.c tokenizer.h convert demo "$scratch/$1"
+    cp -r Makefile r1.c measure.h tokenizer.c tokenizer.h convert demo "$scratch/$1"
     [ ! -d kernels ] || cp -r kernels "$scratch/$1"
 }
 
