@@ -1327,11 +1327,13 @@ struct FeedForwardJob {
 
 // What a thread needs for itself.
 struct Worker {
-    float *gate_tile, *up_tile;   // [batch][128] results of a product, or [512][256]
+    float *gate_tile;             // [4][batch][32] results of a product, or [8][512][32]
+    float *up_tile;               // [4][512][32]
     float *gemm_weights;          // [512][128]
     uint8_t *unpacked;            // [512/4][32][4]
     float *unpacked_scales;       // [2][32]
     float *gemm_inputs;           // [batch][512]
+    float *gemm_tile;             // [batch][128]
     struct Activations queries;   // [256, or batch][query dim, or kv_lora_rank + rope]
     float *mixed;                 // as many [value dim, or kv_lora_rank]
     struct Activations shares;    // [256][256] scores of the queries, and the softmax of them
@@ -1463,11 +1465,12 @@ static void lay_out_worker(const struct Session *s, struct Arena *arena, struct 
     size_t query_rows = is_mla(c) ? max_size(ATTENTION_QUERIES, batch) : ATTENTION_QUERIES;
     uint32_t dtype = expanded_dtype(s->cache_dtype);
     w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, HIDDEN_TOKENS) * K_BLOCK), 4);
-    w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * K_BLOCK, 4);
+    w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * GEMM_COLUMNS, 4);
     w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
     w->unpacked = take(arena, GEMM_DEPTH * PANEL_ROWS, 1);
     w->unpacked_scales = take(arena, GEMM_DEPTH / K_BLOCK * PANEL_ROWS, 4);
     w->gemm_inputs = take(arena, batch * GEMM_DEPTH, 4);
+    w->gemm_tile = take(arena, batch * GEMM_COLUMNS, 4);
     take_activations(arena, &w->queries, query_rows, query_rows * row_stride(max_size(nope + rope, cache_key_cols(c, DTYPE_Q8))));
     w->mixed = take(arena, query_rows * max_size(value, cache_value_cols(c)), 4);
     take_activations(arena, &w->shares, ATTENTION_QUERIES, ATTENTION_QUERIES * CACHE_BLOCK);
@@ -1671,43 +1674,37 @@ static void expand_panel(const struct Matrix *m, size_t panel, size_t first, siz
     }
 }
 
-// `panels` panels (up to 4) from first_panel on times n rows: out [n][panels * 32], `stride` floats from row to row.
+// `panels` panels from first_panel on (up to 4 of more than 16 rows) times n rows: out [panels][n][32]. What a panel gives for all
+// rows lies together, since rows that lie as far apart as a matrix is wide would compete for the same places of a cache.
 static void multiply_tile(const struct Session *s, struct Worker *worker, const struct Matrix *m, size_t first_panel, size_t panels,
-                          const struct Row *x, size_t n, float *out, size_t stride) {
+                          const struct Row *x, size_t n, float *out) {
     size_t width = panels * PANEL_ROWS;
     if (n <= EXACT_TOKENS) {
-        for (size_t p = 0; p < panels; p++) {
-            const uint8_t *panel = m->data + (first_panel + p) * m->panel_step;
-            for (size_t t = 0; t < n; t += TILE_TOKENS) {
-                size_t count = min_size(TILE_TOKENS, n - t);
-                if (stride == PANEL_ROWS) {
-                    s->kernels->product[m->dtype](panel, m->cols, x + t, count, out + t * stride);
-                    continue;
-                }
-                float tile[TILE_TOKENS * PANEL_ROWS];
-                s->kernels->product[m->dtype](panel, m->cols, x + t, count, tile);
-                for (size_t i = 0; i < count; i++)
-                    memcpy(out + (t + i) * stride + p * PANEL_ROWS, tile + i * PANEL_ROWS, PANEL_ROWS * sizeof *tile);
-            }
-        }
+        for (size_t p = 0; p < panels; p++)
+            for (size_t t = 0; t < n; t += TILE_TOKENS)
+                s->kernels->product[m->dtype](m->data + (first_panel + p) * m->panel_step, m->cols, x + t, min_size(TILE_TOKENS, n - t),
+                                              out + (p * n + t) * PANEL_ROWS);
         return;
     }
-    for (size_t t = 0; t < n && !uses_gemm(m->dtype, n); t++) memset(out + t * stride, 0, width * sizeof *out);
     for (size_t first = 0; first < m->cols; first += GEMM_DEPTH) {
         size_t depth = min_size(GEMM_DEPTH, m->cols - first);
         if (uses_gemm(m->dtype, n)) {
             for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, width);
             for (size_t t = 0; t < n; t++) memcpy(worker->gemm_inputs + t * depth, x[t].values + first, depth * sizeof(float));
             cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)width, (int)depth, 1, worker->gemm_inputs, (int)depth,
-                        worker->gemm_weights, (int)width, first ? 1 : 0, out, (int)stride);
+                        worker->gemm_weights, (int)width, first ? 1 : 0, worker->gemm_tile, (int)width);
             continue;
         }
         for (size_t p = 0; p < panels; p++) {
+            float *panel_out = out + p * n * PANEL_ROWS;
+            if (first == 0) memset(panel_out, 0, n * PANEL_ROWS * sizeof *out);
             s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_step, m->cols, first, depth, worker->unpacked,
                                          worker->unpacked_scales);
-            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x, first, n, out + p * PANEL_ROWS, stride);
+            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x, first, n, panel_out, PANEL_ROWS);
         }
     }
+    for (size_t i = 0; i < panels * n && uses_gemm(m->dtype, n); i++)
+        memcpy(out + i * PANEL_ROWS, worker->gemm_tile + i % n * width + i / n * PANEL_ROWS, PANEL_ROWS * sizeof *out);
 }
 
 // One of the products of a step: out[t][row] (= or +=) matrix * x[t] (+ bias).
@@ -1720,17 +1717,17 @@ struct Product {
     bool add;                     // add to what is there: the residual stream
 };
 
-static void store_tile(const struct Product *product, size_t first_row, size_t width, const float *tile, size_t n) {
-    size_t rows = min_size(width, product->matrix->rows - first_row);
-    for (size_t t = 0; t < n; t++) {
+// A panel's results, [n][32].
+static void store_panel(const struct Product *product, size_t panel, const float *results, size_t n) {
+    size_t first_row = panel * PANEL_ROWS, rows = min_size(PANEL_ROWS, product->matrix->rows - first_row);
+    for (size_t t = 0; t < n; t++, results += PANEL_ROWS) {
         float *out = product->out + t * product->stride + first_row;
-        const float *result = tile + t * width;
         if (product->add) {
-            for (size_t r = 0; r < rows; r++) out[r] += result[r];
+            for (size_t r = 0; r < rows; r++) out[r] += results[r];
         } else if (product->bias) {
-            for (size_t r = 0; r < rows; r++) out[r] = result[r] + product->bias[first_row + r];
+            for (size_t r = 0; r < rows; r++) out[r] = results[r] + product->bias[first_row + r];
         } else {
-            memcpy(out, result, rows * sizeof *out);
+            memcpy(out, results, rows * sizeof *out);
         }
     }
 }
@@ -1749,8 +1746,8 @@ static void multiply(struct Session *s, int thread, const struct Product *produc
         size_t first = item;
         for (size_t here; first >= (here = ceil_div(panel_count(product->matrix), width)); first -= here) product++;
         size_t panels = min_size(width, panel_count(product->matrix) - first * width);
-        multiply_tile(s, worker, product->matrix, first * width, panels, product->x, n, worker->gate_tile, panels * PANEL_ROWS);
-        store_tile(product, first * width * PANEL_ROWS, panels * PANEL_ROWS, worker->gate_tile, n);
+        multiply_tile(s, worker, product->matrix, first * width, panels, product->x, n, worker->gate_tile);
+        for (size_t p = 0; p < panels; p++) store_panel(product, first * width + p, worker->gate_tile + p * n * PANEL_ROWS, n);
     }
 }
 
@@ -2526,18 +2523,21 @@ static void run_gate_up(struct Session *s, int thread) {
         for (size_t here; item >= (here = count_gate_up_items(s, job)); item -= here) job++;
         size_t chunks = many ? ceil_div(job->n, HIDDEN_TOKENS) : 1, first_token = item % chunks * HIDDEN_TOKENS;
         size_t first_panel = item / chunks * (many ? HIDDEN_PANELS : 1), n = many ? min_size(HIDDEN_TOKENS, job->n - first_token) : job->n;
-        size_t panels = many ? min_size(HIDDEN_PANELS, panel_count(&job->gate) - first_panel) : 1, columns = panels * PANEL_ROWS;
+        size_t panels = many ? min_size(HIDDEN_PANELS, panel_count(&job->gate) - first_panel) : 1;
         for (size_t p = 0; p < panels; p += GEMM_PANELS) {
             size_t some = min_size(GEMM_PANELS, panels - p);
-            multiply_tile(s, w, &job->gate, first_panel + p, some, job->inputs + first_token, n, w->gate_tile + p * PANEL_ROWS, columns);
-            multiply_tile(s, w, &job->up, first_panel + p, some, job->inputs + first_token, n, w->up_tile + p * PANEL_ROWS, columns);
+            float *gate = w->gate_tile + p * n * PANEL_ROWS;
+            multiply_tile(s, w, &job->gate, first_panel + p, some, job->inputs + first_token, n, gate);
+            multiply_tile(s, w, &job->up, first_panel + p, some, job->inputs + first_token, n, w->up_tile);
+            s->kernels->silu_multiply(gate, w->up_tile, some * n * PANEL_ROWS);
         }
-        s->kernels->silu_multiply(w->gate_tile, w->up_tile, n * columns);
-        size_t first_row = first_panel * PANEL_ROWS, rows = min_size(columns, job->gate.rows - first_row);
+        size_t first_row = first_panel * PANEL_ROWS, rows = min_size(panels * PANEL_ROWS, job->gate.rows - first_row);
         for (size_t i = 0; i < n; i++) {
-            float *values = row_values(&s->hidden, (size_t)(job->hidden - s->hidden.rows) + first_token + i) + first_row;
-            if (many && job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), w->gate_tile + i * columns, rows);
-            else memcpy(values, w->gate_tile + i * columns, rows * sizeof *values);
+            float *values = row_values(&s->hidden, (size_t)(job->hidden - s->hidden.rows) + first_token + i) + first_row, middle[K_BLOCK];
+            for (size_t p = 0; p < panels; p++)
+                memcpy(middle + p * PANEL_ROWS, w->gate_tile + (p * n + i) * PANEL_ROWS, PANEL_ROWS * sizeof *middle);
+            if (many && job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), middle, rows);
+            else memcpy(values, middle, rows * sizeof *values);
         }
     }
 }
@@ -2561,15 +2561,18 @@ static void run_down(struct Session *s, int thread) {
     size_t width = s->n > EXACT_TOKENS ? GEMM_PANELS : min_size(DOWN_PANELS, max_size(panels_in_all / (4 * (size_t)s->team->threads), 1));
     struct Items items = share_items(s->team, thread, ceil_div(panels_in_all, width));
     while (next_item(&items, &item)) {
-        size_t panels = min_size(width, panels_in_all - item * width), columns = panels * PANEL_ROWS;
-        size_t first_row = item * width * PANEL_ROWS, rows = min_size(columns, hidden - first_row);
+        size_t panels = min_size(width, panels_in_all - item * width);
         for (size_t j = 0; j < s->job_count; j++) {
             const struct FeedForwardJob *job = &s->jobs[j];
             if (s->n <= EXACT_TOKENS && j + 1 < s->job_count) prefetch_panel(&job[1].down, item * width);
-            multiply_tile(s, w, &job->down, item * width, panels, job->hidden, job->n, w->gate_tile, columns);
-            for (size_t i = 0; i < job->n; i++) {
-                float *x = s->x + job->tokens[i] * hidden + first_row;
-                for (size_t r = 0; r < rows; r++) x[r] += job->weights[i] * w->gate_tile[i * columns + r];
+            multiply_tile(s, w, &job->down, item * width, panels, job->hidden, job->n, w->gate_tile);
+            const float *results = w->gate_tile;         // [panels][n][32]
+            for (size_t p = 0; p < panels; p++) {
+                size_t first_row = (item * width + p) * PANEL_ROWS, rows = min_size(PANEL_ROWS, hidden - first_row);
+                for (size_t i = 0; i < job->n; i++, results += PANEL_ROWS) {
+                    float *x = s->x + job->tokens[i] * hidden + first_row;
+                    for (size_t r = 0; r < rows; r++) x[r] += job->weights[i] * results[r];
+                }
             }
         }
     }

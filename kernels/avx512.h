@@ -590,68 +590,60 @@ AVX512 static void float_to_half_avx512(const float *x, uint16_t *half, size_t n
     }
 }
 
-// Sums and differences of rows `half` apart, as hadamard_down() has them.
-#define ROTATE_STAGE(row, half)                                                                                         \
-    for (int r = 0; r < 16; r++) {                                                                                      \
-        if (r & (half)) continue;                                                                                       \
-        __m512 sum = _mm512_add_ps((row)[r], (row)[r + (half)]);                                                        \
-        (row)[r + (half)] = _mm512_sub_ps((row)[r], (row)[r + (half)]);                                                 \
-        (row)[r] = sum;                                                                                                 \
-    }
-
-// A whole k-block in 16 registers; shorter ones are rare.
-AVX512 static void rotate_columns_avx512(const float *x, size_t n, float *out) {
-    if (n != K_BLOCK) {
-        rotate_columns_body(x, n, out);
-        return;
-    }
-    __m512 a[16], b[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; r++) {
-        __mmask16 minus = (__mmask16)(rotation_signs[r / 2] >> r % 2 * 16);
-        a[r] = _mm512_loadu_ps(x + r * 16);
-        a[r] = _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(a[r]), minus, _mm512_castps_si512(a[r]),
-                                                         _mm512_set1_epi32(INT32_MIN)));
-    }
-    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 1)
-    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 2)
-    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 4)
-    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 8)
-    // Transposed: 2 x 2 and 4 x 4 within quarters, then the quarters.
-#pragma GCC unroll 8
-    for (int r = 0; r < 16; r += 2) {
-        b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
-        b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 16; r += 4) {
-        a[r] = _mm512_shuffle_ps(b[r], b[r + 2], 0x44);
-        a[r + 1] = _mm512_shuffle_ps(b[r], b[r + 2], 0xee);
-        a[r + 2] = _mm512_shuffle_ps(b[r + 1], b[r + 3], 0x44);
-        a[r + 3] = _mm512_shuffle_ps(b[r + 1], b[r + 3], 0xee);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        b[r] = _mm512_shuffle_f32x4(a[r], a[r + 4], 0x88);
-        b[r + 4] = _mm512_shuffle_f32x4(a[r], a[r + 4], 0xdd);
-        b[r + 8] = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0x88);
-        b[r + 12] = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        a[r] = _mm512_shuffle_f32x4(b[r], b[r + 8], 0x88);
-        a[r + 8] = _mm512_shuffle_f32x4(b[r], b[r + 8], 0xdd);
-        a[r + 4] = _mm512_shuffle_f32x4(b[r + 4], b[r + 12], 0x88);
-        a[r + 12] = _mm512_shuffle_f32x4(b[r + 4], b[r + 12], 0xdd);
-    }
-    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 1)
-    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 2)
-    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 4)
-    _Pragma("GCC unroll 16") ROTATE_STAGE(a, 8)
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; r++) _mm512_storeu_ps(out + r * 16, _mm512_mul_ps(a[r], _mm512_set1_ps(rotation_norm(K_BLOCK))));
+// hadamard_down() of rows that stand in registers, one in each.
+AVX512_INLINE void hadamard_avx512(__m512 *row, const size_t rows) {
+    UNROLL for (size_t half = 1; half < rows; half *= 2)
+        _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) {
+            if (r & half) continue;
+            __m512 sum = _mm512_add_ps(row[r], row[r + half]);
+            row[r + half] = _mm512_sub_ps(row[r], row[r + half]);
+            row[r] = sum;
+        }
 }
-#undef ROTATE_STAGE
+
+// A block of `rows` registers: [rows][16] down its columns, transposed, and [16][rows] down its columns again.
+AVX512_INLINE void rotate_rows_avx512(const float *x, const size_t rows, float *out) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 norm = _mm512_set1_ps(rotation_norm(rows * 16));
+    __m512 row[16], mixed[16];
+    _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) {
+        __mmask16 minus = (__mmask16)(rotation_signs[r / 2] >> r % 2 * 16);
+        row[r] = _mm512_loadu_ps(x + r * 16);
+        row[r] = _mm512_mask_xor_ps(row[r], minus, row[r], _mm512_set1_ps(-0.0f));
+    }
+    hadamard_avx512(row, rows);
+    // To shuffle the first half of the numbers into the second, as a pack of cards, once for each doubling of the rows, is to
+    // transpose them.
+    UNROLL for (size_t shuffled = 1; shuffled < rows; shuffled *= 2) {
+        UNROLL for (size_t r = 0; r < rows / 2; r++) {
+            mixed[2 * r] = _mm512_permutex2var_ps(row[r], low, row[r + rows / 2]);
+            mixed[2 * r + 1] = _mm512_permutex2var_ps(row[r], high, row[r + rows / 2]);
+        }
+        _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) row[r] = mixed[r];
+    }
+    // A register has 16 / rows columns now: first sums and differences of those, then of registers.
+    UNROLL for (size_t half = rows; half < 16; half *= 2) {
+        __m512i other = _mm512_xor_si512(lanes, _mm512_set1_epi32((int)half));
+        __mmask16 second = _mm512_test_epi32_mask(lanes, _mm512_set1_epi32((int)half));
+        UNROLL for (size_t r = 0; r < rows; r++) {
+            __m512 partner = _mm512_permutexvar_ps(other, row[r]);
+            row[r] = _mm512_mask_sub_ps(_mm512_add_ps(row[r], partner), second, partner, row[r]);
+        }
+    }
+    hadamard_avx512(row, rows);
+    _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) _mm512_storeu_ps(out + r * 16, _mm512_mul_ps(row[r], norm));
+}
+
+AVX512 static void rotate_columns_avx512(const float *x, size_t n, float *out) {
+    switch (n) {
+    case 32: rotate_rows_avx512(x, 2, out); break;
+    case 64: rotate_rows_avx512(x, 4, out); break;
+    case 128: rotate_rows_avx512(x, 8, out); break;
+    default: rotate_rows_avx512(x, 16, out);
+    }
+}
 
 AVX512 static float find_maximum_avx512(const float *x, size_t n) { return find_maximum_body(x, n); }
 AVX512 static void quantize_keys_avx512(const float *x, size_t rows, uint8_t *block) { quantize_keys_body(x, rows, block); }
