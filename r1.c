@@ -1290,7 +1290,7 @@ static const char *const cache_names[] = {"f32", "f16", "q8"};
 #define GEMM_PANELS 4             // panels of one OpenBLAS product: 128 rows
 #define GEMM_COLUMNS (GEMM_PANELS * PANEL_ROWS)
 #define GEMM_DEPTH 512            // columns of one OpenBLAS product, or of the panels unpacked at a time
-#define HIDDEN_TOKENS 512         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
+#define HIDDEN_TOKENS 256         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
 #define MAX_KEY_COLS 5120         // of a cache: 4096 + 1024 of MLA (format.h's limits)
 #define CACHE_BLOCK 256           // positions of a block of the cache, which attention takes at a time
 #define CACHE_SPAN 4096           // positions that one thread goes through for few tokens; a multiple of CACHE_BLOCK
@@ -1327,8 +1327,8 @@ struct FeedForwardJob {
 
 // What a thread needs for itself.
 struct Worker {
-    float *gate_tile;             // [4][batch][32] results of a product, or [8][512][32]
-    float *up_tile;               // [4][512][32]
+    float *gate_tile;             // [4][batch][32] results of a product, or [8][256][32]
+    float *up_tile;               // [4][256][32]
     float *gemm_weights;          // [512][128]
     uint8_t *unpacked;            // [512/4][32][4]
     float *unpacked_scales;       // [2][32]
