@@ -1757,9 +1757,14 @@ static void multiply(struct Session *s, int thread, const struct Product *produc
 
 #define LATENT_NORM_EPS 1e-6      // of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says (DeepSeek's modeling file)
 
+// 1 / sqrt(mean(x^2) + eps)
+static float rms_scale(const struct Session *s, const float *x, size_t n, double eps) {
+    return 1.0f / sqrtf(s->kernels->dot(x, x, n) / (float)n + (float)eps);
+}
+
 // out = x / sqrt(mean(x^2) + eps) * weight (RMSNorm, arXiv:1910.07467). out may be x.
 static void rms_norm(const struct Session *s, const float *x, const float *weight, size_t n, double eps, float *out) {
-    float scale = 1.0f / sqrtf(s->kernels->dot(x, x, n) / (float)n + (float)eps);
+    float scale = rms_scale(s, x, n, eps);
     for (size_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
@@ -1774,18 +1779,30 @@ static void quantize_k_block(const struct Session *s, const struct Activations *
     s->kernels->quantize_block(rotated, length, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP, a->block_sums + at / K_BLOCK);
 }
 
-// The same for a row whose values are there.
-static void quantize_activations(const struct Session *s, const struct Activations *a, size_t row, size_t cols) {
-    if (!s->integer_weights) return;
-    const float *values = a->rows[row].values;
-    for (size_t first = 0; first < cols; first += K_BLOCK)
-        quantize_k_block(s, a, (size_t)(values - a->values) + first, values + first, min_size(K_BLOCK, cols - first));
+// The k-blocks of rows of `cols` values: an item of quantising, so that a single token, too, is work for several threads.
+static size_t count_k_blocks(size_t rows, size_t cols) { return rows * ceil_div(cols, K_BLOCK); }
+
+// The same for k-block `item` of the rows from `row` on, whose values are there.
+static void quantize_item(const struct Session *s, const struct Activations *a, size_t row, size_t cols, size_t item) {
+    size_t blocks = ceil_div(cols, K_BLOCK), first = item % blocks * K_BLOCK;
+    const float *values = a->rows[row + item / blocks].values + first;
+    quantize_k_block(s, a, (size_t)(values - a->values), values, min_size(K_BLOCK, cols - first));
 }
 
-static void norm_input(struct Session *s, size_t t, const float *x, const float *weight) {
-    size_t hidden = s->model->config.hidden_size;
-    rms_norm(s, x, weight, hidden, s->model->config.rms_norm_eps, row_values(&s->input, t));
-    quantize_activations(s, &s->input, t, hidden);
+// Normalises every token's x into `input`. All threads call it.
+static void norm_tokens(struct Session *s, int thread, const float *weight) {
+    size_t hidden = s->model->config.hidden_size, blocks = ceil_div(hidden, K_BLOCK), first_item, end;
+    float scale = 0;
+    static_share(s->team, thread, count_k_blocks(s->n, hidden), &first_item, &end);
+    for (size_t item = first_item; item < end; item++) {
+        size_t t = item / blocks, first = item % blocks * K_BLOCK, length = min_size(K_BLOCK, hidden - first);
+        const float *x = s->x + t * hidden;
+        if (item == first_item || first == 0) scale = rms_scale(s, x, hidden, s->model->config.rms_norm_eps);
+        float *values = row_values(&s->input, t) + first;
+        for (size_t k = 0; k < length; k++) values[k] = x[first + k] * scale * weight[first + k];
+        if (s->integer_weights) quantize_item(s, &s->input, 0, hidden, item);
+    }
+    team_barrier(s->team);
 }
 
 static double yarn_mscale(double factor, double mscale) { return factor > 1 ? 0.1 * mscale * log(factor) + 1 : 1; }
@@ -2057,37 +2074,39 @@ static void quantize_query(const struct Session *s, struct Worker *w, size_t i, 
 
 // ---- GQA, and MLA absorbed
 
-// Normalises, rotates and stores the keys and values of the micro-batch, each thread some tokens in a row.
+// Normalises, rotates and stores the keys and values of the micro-batch. An item is a token's cache head.
 static void store_keys_values(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
-    size_t kv_heads = c->num_key_value_heads, dim = c->head_dim, t, end;
-    for (static_share(s->team, thread, s->n, &t, &end); t < end; t++)
-        for (size_t h = 0; h < kv_heads; h++) {
-            float *k = s->k + (t * kv_heads + h) * dim;
-            size_t position = s->position + t;
-            if (l->k_norm) rms_norm(s, k, l->k_norm, dim, c->rms_norm_eps, k);
-            rotate(s, t, k);
-            store_key(s, cache_keys(s, layer, h, position), position, k, dim, 0);
-            store_value(s, cache_values(s, layer, h, position), position, s->v + (t * kv_heads + h) * dim, dim);
-        }
+    size_t kv_heads = c->num_key_value_heads, dim = c->head_dim, item, end;
+    for (static_share(s->team, thread, s->n * kv_heads, &item, &end); item < end; item++) {
+        size_t t = item / kv_heads, head = item % kv_heads, position = s->position + t;
+        float *k = s->k + item * dim;
+        if (l->k_norm) rms_norm(s, k, l->k_norm, dim, c->rms_norm_eps, k);
+        rotate(s, t, k);
+        store_key(s, cache_keys(s, layer, head, position), position, k, dim, 0);
+        store_value(s, cache_values(s, layer, head, position), position, s->v + item * dim, dim);
+    }
 }
 
-// Normalises the query's latent and the key-value latent, rotates the key part, and stores the latter two.
+// Normalises the query's latents and the key-value latents, rotates the key part, and stores the latter two. An item is one
+// or the other of a token.
 static void store_latents(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
-    size_t lora = c->kv_lora_rank, rope = c->qk_rope_head_dim, t, end;
-    for (static_share(s->team, thread, s->n, &t, &end); t < end; t++) {
+    size_t lora = c->kv_lora_rank, rope = c->qk_rope_head_dim, q_lora = c->q_lora_rank, parts = q_lora ? 2 : 1, item, end;
+    for (static_share(s->team, thread, s->n * parts, &item, &end); item < end; item++) {
+        size_t t = item / parts, position = s->position + t;
+        if (item % parts) {
+            rms_norm(s, s->q_latent + t * q_lora, l->q_a_norm, q_lora, LATENT_NORM_EPS, row_values(&s->latent, t));
+            for (size_t block = 0; block < count_k_blocks(1, q_lora) && s->integer_weights; block++) quantize_item(s, &s->latent, t, q_lora, block);
+            continue;
+        }
         float *latent = s->kv_latent + t * (lora + rope);
-        size_t position = s->position + t;
         rms_norm(s, latent, l->kv_a_norm, lora, LATENT_NORM_EPS, latent);
         rotate(s, t, latent + lora);
         store_key(s, cache_keys(s, layer, 0, position), position, latent, lora, rope);
         store_value(s, cache_values(s, layer, 0, position), position, latent, lora);
-        if (!c->q_lora_rank) continue;
-        rms_norm(s, s->q_latent + t * c->q_lora_rank, l->q_a_norm, c->q_lora_rank, LATENT_NORM_EPS, row_values(&s->latent, t));
-        quantize_activations(s, &s->latent, t, c->q_lora_rank);
     }
 }
 
@@ -2544,21 +2563,27 @@ static void run_gate_up(struct Session *s, int thread) {
 
 // Of few tokens the hidden rows are quantised when all panels are there.
 static void quantize_hidden(struct Session *s, int thread) {
-    for (size_t j = 0, row = 0; j < s->job_count; j++)
-        for (size_t i = 0; i < s->jobs[j].n; i++, row++)
-            if (row % (size_t)s->team->threads == (size_t)thread) quantize_activations(s, &s->hidden, row, s->jobs[j].gate.rows);
+    size_t total = 0, item, end, row = 0;
+    for (size_t j = 0; j < s->job_count; j++) total += count_k_blocks(s->jobs[j].n, s->jobs[j].gate.rows);
+    static_share(s->team, thread, s->integer_weights ? total : 0, &item, &end);
+    for (size_t j = 0, first = 0, here; j < s->job_count && first < end; j++, first += here) {
+        here = count_k_blocks(s->jobs[j].n, s->jobs[j].gate.rows);
+        for (; item < min_size(end, first + here); item++) quantize_item(s, &s->hidden, row, s->jobs[j].gate.rows, item - first);
+        row += s->jobs[j].n;
+    }
 }
 
 #define DOWN_PANELS 8             // most panels of an item for few tokens
+#define DOWN_BYTES 131072         // which need not take more than this: tens of kilobytes are read at full speed
 
 // x += sum over the jobs of weight * (down * hidden). An item is some rows of the result and goes through the jobs in
 // order, so that every sum has one order of additions. All threads call it.
 static void run_down(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
     size_t hidden = s->model->config.hidden_size, panels_in_all = ceil_div(hidden, PANEL_ROWS), item;
-    // Of few tokens, too, as many panels as leave each thread some items: a processor needs tens of kilobytes of a job's to read
-    // them at full speed.
-    size_t width = s->n > EXACT_TOKENS ? GEMM_PANELS : min_size(DOWN_PANELS, max_size(panels_in_all / (4 * (size_t)s->team->threads), 1));
+    // Of few tokens, too, several panels where they are short, but some items for each thread.
+    size_t width = min_size(DOWN_PANELS, ceil_div(DOWN_BYTES, s->jobs[0].down.panel_step));
+    width = s->n > EXACT_TOKENS ? GEMM_PANELS : min_size(width, max_size(panels_in_all / (4 * (size_t)s->team->threads), 1));
     struct Items items = share_items(s->team, thread, ceil_div(panels_in_all, width));
     while (next_item(&items, &item)) {
         size_t panels = min_size(width, panels_in_all - item * width);
@@ -2585,7 +2610,7 @@ static void run_down(struct Session *s, int thread) {
 static void run_attention(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
-    size_t heads = c->num_attention_heads, q_width = heads * query_dim(c), attended = heads * value_dim(c);
+    size_t heads = c->num_attention_heads, q_width = heads * query_dim(c), attended = heads * value_dim(c), item, end;
     if (is_mla(c)) {
         struct Product q_full = {&l->q_b, s->input.rows, s->q, q_width, NULL, false};
         struct Product q_down = {&l->q_a, s->input.rows, s->q_latent, c->q_lora_rank, NULL, false};
@@ -2611,7 +2636,8 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
     if (is_mla(c) && s->n >= s->expand_tokens) attend_expanded(s, thread, layer);
     else attend_cache(s, thread, layer);
     team_barrier(s->team);
-    for (size_t t = (size_t)thread; t < s->n; t += (size_t)s->team->threads) quantize_activations(s, &s->attended, t, attended);
+    for (static_share(s->team, thread, count_k_blocks(s->n, attended), &item, &end); item < end && s->integer_weights; item++)
+        quantize_item(s, &s->attended, 0, attended, item);
     team_barrier(s->team);
     multiply(s, thread, &(struct Product){&l->o, s->attended.rows, s->x, c->hidden_size, NULL, true}, 1, s->n);
     team_barrier(s->team);
@@ -2638,13 +2664,6 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
         team_barrier(s->team);
     }
     run_down(s, thread);
-    team_barrier(s->team);
-}
-
-// Normalises every token's x into `input`.
-static void norm_tokens(struct Session *s, int thread, const float *weight) {
-    for (size_t t = (size_t)thread; t < s->n; t += (size_t)s->team->threads)
-        norm_input(s, t, s->x + t * s->model->config.hidden_size, weight);
     team_barrier(s->team);
 }
 
