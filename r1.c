@@ -780,9 +780,9 @@ struct Kernels {
     const char *name;
     PanelProduct *product[DTYPE_COUNT + 1];   // by dtype; the last is DTYPE_F16
     PanelUnpacking *unpack[DTYPE_COUNT];  // of q8, q4 and q6
-    // out[t * stride + r] += sum over `depth` unpacked columns k of weight(r, k) * x[t](first + k), for any n.
+    // out[t * stride + r] = sum over `depth` unpacked columns k of weight(r, k) * x[t](first + k), for any n; += with `add`.
     void (*multiply_unpacked)(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n,
-                              float *out, size_t stride);
+                              bool add, float *out, size_t stride);
     // Quantises a k-block of up to 256 columns (a multiple of 32): *scale = max|x| / 127, the nearest integers, the sums of
     // each 32, and in *block_sum of all. Not-a-number in x gives numbers out, never undefined behaviour.
     void (*quantize_block)(const float *x, size_t cols, int8_t *quants, float *scale, int32_t *sums, int32_t *block_sum);
@@ -1060,7 +1060,7 @@ static void unpack_q6(const uint8_t *panel, size_t cols, size_t first, size_t de
 }
 
 static void multiply_unpacked(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n,
-                              float *out, size_t stride) {
+                              bool add, float *out, size_t stride) {
     for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS)
         for (size_t t = 0; t < n; t++) {
             const int8_t *w = (const int8_t *)bytes + start * PANEL_ROWS, *q = x[t].quants + first + start;
@@ -1069,7 +1069,10 @@ static void multiply_unpacked(const uint8_t *bytes, const float *scales, size_t 
                 for (size_t r = 0; r < PANEL_ROWS; r++)
                     for (size_t j = 0; j < 4; j++) part[r] += w[k * PANEL_ROWS + r * 4 + j] * q[k + j];
             float x_scale = x[t].scales[(first + start) / K_BLOCK];
-            for (size_t r = 0; r < PANEL_ROWS; r++) out[t * stride + r] += (float)part[r] * (scales[r] * x_scale);
+            for (size_t r = 0; r < PANEL_ROWS; r++) {
+                float before = add || start ? out[t * stride + r] : 0;
+                out[t * stride + r] = before + (float)part[r] * (scales[r] * x_scale);
+            }
         }
 }
 
@@ -1696,11 +1699,10 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
             continue;
         }
         for (size_t p = 0; p < panels; p++) {
-            float *panel_out = out + p * n * PANEL_ROWS;
-            if (first == 0) memset(panel_out, 0, n * PANEL_ROWS * sizeof *out);
             s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_step, m->cols, first, depth, worker->unpacked,
                                          worker->unpacked_scales);
-            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x, first, n, panel_out, PANEL_ROWS);
+            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x, first, n, first > 0,
+                                          out + p * n * PANEL_ROWS, PANEL_ROWS);
         }
     }
     for (size_t i = 0; i < panels * n && uses_gemm(m->dtype, n); i++)
@@ -2011,21 +2013,21 @@ static void update_softmax(const struct Session *s, const struct Queries *querie
     queries->maxima[i] = maximum;
 }
 
-// out[i][32] += the first `cols` of a panel's panel_cols columns times the rows, `stride` floats from row to row.
-static void add_panel_product(const struct Session *s, struct Worker *worker, uint32_t dtype, const uint8_t *panel, size_t panel_cols,
-                              size_t cols, const struct Row *rows, size_t count, float *out, size_t stride) {
+// out[i][32] = the first `cols` of a panel's panel_cols columns times the rows, `stride` floats from row to row; += with `add`.
+static void multiply_panel(const struct Session *s, struct Worker *worker, uint32_t dtype, const uint8_t *panel, size_t panel_cols,
+                           size_t cols, const struct Row *rows, size_t count, bool add, float *out, size_t stride) {
     if (dtype == DTYPE_Q8 && s->n > EXACT_TOKENS) {
         for (size_t first = 0; first < cols; first += GEMM_DEPTH) {
             s->kernels->unpack[DTYPE_Q8](panel, panel_cols, first, min_size(GEMM_DEPTH, panel_cols - first), worker->unpacked, worker->unpacked_scales);
-            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, min_size(GEMM_DEPTH, cols - first), rows, first, count, out,
-                                          stride);
+            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, min_size(GEMM_DEPTH, cols - first), rows, first, count,
+                                          add || first, out, stride);
         }
         return;
     }
     float tile[TILE_TOKENS * PANEL_ROWS];
     for (size_t i = 0; i < count; i++) {
         if (i % TILE_TOKENS == 0) s->kernels->product[dtype](panel, cols, rows + i, min_size(TILE_TOKENS, count - i), tile);
-        for (size_t r = 0; r < PANEL_ROWS; r++) out[i * stride + r] += tile[i % TILE_TOKENS * PANEL_ROWS + r];
+        for (size_t r = 0; r < PANEL_ROWS; r++) out[i * stride + r] = (add ? out[i * stride + r] : 0) + tile[i % TILE_TOKENS * PANEL_ROWS + r];
     }
 }
 
@@ -2035,10 +2037,9 @@ static void attend_block(const struct Session *s, struct Worker *w, const struct
     bool q8 = dtype == DTYPE_Q8;
     size_t cols = q8 ? padded(count) : count, n = queries->count, key_cols = queries->key_cols;
     float *all_scores = w->shares.values;      // [n][256]
-    memset(all_scores, 0, n * CACHE_BLOCK * sizeof *all_scores);
     for (size_t j = 0; j < count; j += PANEL_ROWS)
-        add_panel_product(s, w, dtype, keys + j / PANEL_ROWS * panel_bytes(dtype, key_cols), key_cols, key_cols, queries->rows, n, all_scores + j,
-                          CACHE_BLOCK);
+        multiply_panel(s, w, dtype, keys + j / PANEL_ROWS * panel_bytes(dtype, key_cols), key_cols, key_cols, queries->rows, n, false,
+                       all_scores + j, CACHE_BLOCK);
     for (size_t i = 0; i < n; i++) {
         size_t position = s->position + queries->first_token + i / queries->heads, at = i * CACHE_BLOCK;
         size_t visible = position < first ? 0 : min_size(count, position - first + 1);
@@ -2050,8 +2051,8 @@ static void attend_block(const struct Session *s, struct Worker *w, const struct
         s->kernels->quantize_block(scores, cols, w->shares.quants + at, w->shares.scales + i, w->shares.sums + at / K_GROUP, w->shares.block_sums + i);
     }
     for (size_t c = 0; c < queries->value_cols; c += PANEL_ROWS)
-        add_panel_product(s, w, dtype, values + value_head_bytes(dtype) + c / PANEL_ROWS * panel_bytes(dtype, CACHE_BLOCK), CACHE_BLOCK, cols,
-                          w->shares.rows, n, queries->mixed + c, queries->value_cols);
+        multiply_panel(s, w, dtype, values + value_head_bytes(dtype) + c / PANEL_ROWS * panel_bytes(dtype, CACHE_BLOCK), CACHE_BLOCK, cols,
+                       w->shares.rows, n, true, queries->mixed + c, queries->value_cols);
 }
 
 // Where the values of query i of a piece are to be written before quantize_query().
@@ -2334,8 +2335,7 @@ static void expand_block(const struct Session *s, struct Worker *w, const uint8_
         const uint8_t *panel = latents + j / PANEL_ROWS * panel_bytes(s->cache_dtype, latent_cols);
         uint8_t *out = w->block_keys + j / PANEL_ROWS * panel_bytes(dtype, key_cols);
         float *values = w->expanded, *keys = values + value * PANEL_ROWS;            // [rows][32 positions]
-        memset(values, 0, (value + nope) * PANEL_ROWS * sizeof *values);
-        add_panel_product(s, w, s->cache_dtype, panel, latent_cols, first_rope, w->factors.rows, value + nope, values, PANEL_ROWS);
+        multiply_panel(s, w, s->cache_dtype, panel, latent_cols, first_rope, w->factors.rows, value + nope, false, values, PANEL_ROWS);
         // The rotated part of the keys stands in the cache behind the latents, and here behind the keys.
         size_t behind = dtype == DTYPE_Q8 ? nope : c->qk_nope_head_dim;
         for (size_t k = 0; behind + k < key_cols; k++) read_key_column(s, panel, latent_cols, first_rope + k, keys + (behind + k) * PANEL_ROWS);

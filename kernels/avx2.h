@@ -535,11 +535,11 @@ AVX2_INLINE void split_signs_avx2(const uint8_t *w, size_t length, uint8_t *spli
     UNROLL for (size_t v = 0; v < 4; v++) store_bytes_avx2(lacking + 8 * v, sum[v]);
 }
 
-// Adds the products of a k-block with n tokens to out, 16 rows at a time. With vnni, w is [length/4][32][4] bytes to
+// The products of a k-block with n tokens, 16 rows at a time, to or, with `add`, added to out. With vnni, w is [length/4][32][4] bytes to
 // which 128 was added; without, what split_signs_avx2() made.
 AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacking, const float *scales, size_t length,
-                                          const struct Row *x, size_t first, const size_t n, float *out, size_t stride,
-                                          const bool vnni) {
+                                          const struct Row *x, size_t first, const size_t n, bool add, float *out,
+                                          size_t stride, const bool vnni) {
     const size_t step = (vnni ? 4 : 8) * PANEL_ROWS, columns = vnni ? 16 : 4;
     const int8_t *quants[6];
     UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants + first;
@@ -573,8 +573,8 @@ AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacki
         UNROLL for (size_t t = 0; t < n; t++) {
             __m256 x_scale = _mm256_set1_ps(x[t].scales[first / K_BLOCK]);
             float *o = out + t * stride + row;
-            add_scaled_avx2(o, sum[t][0], _mm256_mul_ps(scale0, x_scale), false);
-            add_scaled_avx2(o + 8, sum[t][1], _mm256_mul_ps(scale1, x_scale), false);
+            add_scaled_avx2(o, sum[t][0], _mm256_mul_ps(scale0, x_scale), !add);
+            add_scaled_avx2(o + 8, sum[t][1], _mm256_mul_ps(scale1, x_scale), !add);
         }
     }
 }
@@ -582,10 +582,11 @@ AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacki
 // Tokens go in groups of equal size, as nearly as possible: with VNNI up to six, whose 12 sums hide the latency of its
 // additions, without it up to four.
 #define AVX2_TILE(n, vnni)                                                                                              \
-    case n: multiply_block_avx2_tile(w, lacking, scales, length, x + t, at, n, out + t * stride, stride, vnni); break;
+    case n: multiply_block_avx2_tile(w, lacking, scales, length, x + t, at, n, add || start, out + t * stride, stride, vnni);        \
+        break;
 
 AVX2 static void multiply_unpacked_avx2(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,
-                                        size_t first, size_t n, float *out, size_t stride) {
+                                        size_t first, size_t n, bool add, float *out, size_t stride) {
     uint8_t w[2 * K_BLOCK * PANEL_ROWS] __attribute__((aligned(64)));
     int32_t lacking[PANEL_ROWS];
     for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
@@ -599,7 +600,7 @@ AVX2 static void multiply_unpacked_avx2(const uint8_t *bytes, const float *scale
 }
 
 AVX2 static void multiply_unpacked_avxvnni(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,
-                                           size_t first, size_t n, float *out, size_t stride) {
+                                           size_t first, size_t n, bool add, float *out, size_t stride) {
     const int32_t *lacking = NULL;
     for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
         size_t length = min_size(K_BLOCK, depth - start), at = first + start;

@@ -443,11 +443,11 @@ AVX512 static void unpack_q6_avx512(const uint8_t *panel, size_t cols, size_t fi
 }
 
 AVX512_INLINE void multiply_unpacked_avx512_tile(const uint8_t *bytes, const float *scales, size_t depth,
-                                                 const struct Row *x, size_t first, const size_t n, float *out,
-                                                 size_t stride) {
+                                                 const struct Row *x, size_t first, const size_t n, bool add,
+                                                 float *out, size_t stride) {
     const int8_t *quants[TILE_TOKENS];
     UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants + first;
-    for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
+    for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS, add = true) {
         size_t end = min_size(start + K_BLOCK, depth);
         __m512i sum[TILE_TOKENS][2];
         UNROLL for (size_t t = 0; t < n; t++)
@@ -468,15 +468,18 @@ AVX512_INLINE void multiply_unpacked_avx512_tile(const uint8_t *bytes, const flo
             float *o = out + t * stride;
             __m512 x_scale = _mm512_set1_ps(x[t].scales[(first + start) / K_BLOCK]);
             __m512 value0 = _mm512_cvtepi32_ps(sum[t][0]), value1 = _mm512_cvtepi32_ps(sum[t][1]);
-            _mm512_storeu_ps(o, _mm512_fmadd_ps(value0, _mm512_mul_ps(scale0, x_scale), _mm512_loadu_ps(o)));
-            _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(value1, _mm512_mul_ps(scale1, x_scale), _mm512_loadu_ps(o + 16)));
+            __m512 before0 = add ? _mm512_loadu_ps(o) : _mm512_setzero_ps();
+            __m512 before1 = add ? _mm512_loadu_ps(o + 16) : _mm512_setzero_ps();
+            _mm512_storeu_ps(o, _mm512_fmadd_ps(value0, _mm512_mul_ps(scale0, x_scale), before0));
+            _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(value1, _mm512_mul_ps(scale1, x_scale), before1));
         }
     }
 }
 
 AVX512 static void multiply_unpacked_avx512(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,
-                                            size_t first, size_t n, float *out, size_t stride) {
-#define TILE(tokens) case tokens: multiply_unpacked_avx512_tile(bytes, scales, depth, x, first, tokens, out, stride); break;
+                                            size_t first, size_t n, bool add, float *out, size_t stride) {
+#define TILE(tokens) \
+    case tokens: multiply_unpacked_avx512_tile(bytes, scales, depth, x, first, tokens, add, out, stride); break;
     // In groups of equal size, as nearly as possible.
     for (size_t groups = ceil_div(n, TILE_TOKENS), count; n; groups--, n -= count, x += count, out += count * stride) {
         count = ceil_div(n, groups);

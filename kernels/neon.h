@@ -510,9 +510,10 @@ INLINE void sum_block_i8mm(const uint8_t *w, size_t length, const int8_t *const 
         }
 }
 
-// Adds the products of a k-block with n tokens to out, 16 rows at a time.
+// The products of a k-block with n tokens, 16 rows at a time, to or, with `add`, added to out.
 INLINE void multiply_block_neon_tile(const uint8_t *w, const float *scales, size_t length, const struct Row *x,
-                                     size_t first, const size_t n, float *out, size_t stride, const enum ByteProducts products) {
+                                     size_t first, const size_t n, bool add, float *out, size_t stride,
+                                     const enum ByteProducts products) {
     const int8_t *quants[4];
     UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants + first;
     for (size_t row = 0; row < PANEL_ROWS; row += 16) {
@@ -523,16 +524,18 @@ INLINE void multiply_block_neon_tile(const uint8_t *w, const float *scales, size
             UNROLL for (size_t v = 0; v < 4; v++) {
                 float *o = out + t * stride + row + 4 * v;
                 float32x4_t scale = vmulq_n_f32(vld1q_f32(scales + row + 4 * v), x[t].scales[first / K_BLOCK]);
-                vst1q_f32(o, vfmaq_f32(vld1q_f32(o), vcvtq_f32_s32(sum[t][v]), scale));
+                float32x4_t before = add ? vld1q_f32(o) : vdupq_n_f32(0);
+                vst1q_f32(o, vfmaq_f32(before, vcvtq_f32_s32(sum[t][v]), scale));
             }
     }
 }
 
 // Tokens go in groups of up to four, of equal size as nearly as possible.
-#define NEON_TILE(n) case n: multiply_block_neon_tile(w, scales, length, x + t, at, n, out + t * stride, stride, products); break;
+#define NEON_TILE(n)                                                                                                    \
+    case n: multiply_block_neon_tile(w, scales, length, x + t, at, n, add || start, out + t * stride, stride, products); break;
 
 INLINE void multiply_unpacked_neon_by(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first,
-                                      size_t n, float *out, size_t stride, const enum ByteProducts products) {
+                                      size_t n, bool add, float *out, size_t stride, const enum ByteProducts products) {
     for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
         size_t length = min_size(K_BLOCK, depth - start), at = first + start;
         const uint8_t *w = bytes + start * PANEL_ROWS;
@@ -544,11 +547,11 @@ INLINE void multiply_unpacked_neon_by(const uint8_t *bytes, const float *scales,
 }
 
 static void multiply_unpacked_neon(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first,
-                                   size_t n, float *out, size_t stride) {
+                                   size_t n, bool add, float *out, size_t stride) {
     switch (best_products_neon) {
-    case WIDENING: multiply_unpacked_neon_by(bytes, scales, depth, x, first, n, out, stride, WIDENING); break;
-    case DOTPROD: multiply_unpacked_neon_by(bytes, scales, depth, x, first, n, out, stride, DOTPROD); break;
-    case I8MM: multiply_unpacked_neon_by(bytes, scales, depth, x, first, n, out, stride, I8MM); break;
+    case WIDENING: multiply_unpacked_neon_by(bytes, scales, depth, x, first, n, add, out, stride, WIDENING); break;
+    case DOTPROD: multiply_unpacked_neon_by(bytes, scales, depth, x, first, n, add, out, stride, DOTPROD); break;
+    case I8MM: multiply_unpacked_neon_by(bytes, scales, depth, x, first, n, add, out, stride, I8MM); break;
     }
 }
 

@@ -277,7 +277,7 @@ static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum Pane
                 for (size_t j = 0; j < TOKENS * STRIDE; j++) out[i][j / STRIDE][j % STRIDE] = (float)(j % 5);
                 tables[i]->unpack[dtype](panel, cols, first, depth, bytes, scales);
                 for (size_t n = 1, t = 0; t < TOKENS; t += n, n = min_size(n + 1, TOKENS - t))   // 1, 2, 3, 4, 5, 4
-                    tables[i]->multiply_unpacked(bytes, scales, depth, rows + t, first, n, out[i][t] + PANEL_ROWS, STRIDE);
+                    tables[i]->multiply_unpacked(bytes, scales, depth, rows + t, first, n, first > 0, out[i][t] + PANEL_ROWS, STRIDE);
             }
             for (size_t t = 0; t < TOKENS; t++)
                 for (size_t r = 0; r < STRIDE; r++) {
@@ -298,12 +298,11 @@ static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum Pane
             uint8_t *bytes = new_buffer(cols * PANEL_ROWS, 0);
             float scales[2 * PANEL_ROWS], product[PANEL_ROWS];
             static float together[TOKENS][PANEL_ROWS];
-            memset(together, 0, sizeof together);
             table->unpack[dtype](panel, cols, 0, cols, bytes, scales);
-            table->multiply_unpacked(bytes, scales, cols, rows, 0, TOKENS, together[0], PANEL_ROWS);
+            table->multiply_unpacked(bytes, scales, cols, rows, 0, TOKENS, false, together[0], PANEL_ROWS);
             for (size_t t = 0; t < TOKENS; t++) {
-                float alone[PANEL_ROWS] = {0};
-                table->multiply_unpacked(bytes, scales, cols, rows + t, 0, 1, alone, PANEL_ROWS);
+                float alone[PANEL_ROWS];
+                table->multiply_unpacked(bytes, scales, cols, rows + t, 0, 1, false, alone, PANEL_ROWS);
                 EXPECT(same_bits(alone, together[t], PANEL_ROWS), "%zu columns: token %zu depends on its company", cols, t);
                 table->product[dtype](panel, cols, rows + t, 1, product);
                 if (dtype != DTYPE_Q4) {
