@@ -1652,27 +1652,53 @@ static void read_row(const struct Matrix *m, size_t row, float *out) {
     }
 }
 
+// Where in a panel columns from `first` on, a multiple of 256, begin.
+static const uint8_t *column_data(const struct Matrix *m, size_t panel, size_t first) {
+    size_t block_bytes = block_head_bytes(m->dtype, K_BLOCK) + value_bytes(m->dtype, K_BLOCK);
+    return m->data + panel * m->panel_step + panel_head_bytes(m->dtype) + first / K_BLOCK * block_bytes;
+}
+
 // Expands columns [first, first + depth) of a panel of float weights to out[k][r], stride floats from one k to the next.
 // first is a multiple of 256.
 static void expand_panel(const struct Matrix *m, size_t panel, size_t first, size_t depth, float *out, size_t stride) {
-    const uint8_t *data = m->data + panel * m->panel_step;
+    const uint8_t *data = column_data(m, panel, first);
     if (m->dtype == DTYPE_F32) {
-        const float *w = (const float *)(const void *)data + first * PANEL_ROWS;
+        const float *w = (const float *)(const void *)data;
         for (size_t k = 0; k < depth; k++) memcpy(out + k * stride, w + k * PANEL_ROWS, PANEL_ROWS * sizeof *w);
     } else if (m->dtype == DTYPE_BF16) {
-        const uint16_t *w = (const uint16_t *)(const void *)data + first * PANEL_ROWS;
+        const uint16_t *w = (const uint16_t *)(const void *)data;
         for (size_t k = 0; k < depth; k++)
             for (size_t r = 0; r < PANEL_ROWS; r++) out[k * stride + r] = float_from_bf16(w[k / 2 * 2 * PANEL_ROWS + r * 2 + k % 2]);
     } else {
-        const uint8_t *block = data + first / K_BLOCK * (block_head_bytes(DTYPE_F8, K_BLOCK) + value_bytes(DTYPE_F8, K_BLOCK));
         for (size_t start = 0; start < depth; start += K_BLOCK) {
             size_t length = min_size(K_BLOCK, depth - start);
-            const float *scales = (const float *)(const void *)block;
-            const uint8_t *w = block + block_head_bytes(DTYPE_F8, length);
+            const float *scales = (const float *)(const void *)data;
+            const uint8_t *w = data + block_head_bytes(DTYPE_F8, length);
             for (size_t k = 0; k < length; k++)
                 for (size_t r = 0; r < PANEL_ROWS; r++)
                     out[(start + k) * stride + r] = scales[k / K_GROUP] * float_from_e4m3(w[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4]);
-            block = w + value_bytes(DTYPE_F8, length);
+            data = w + value_bytes(DTYPE_F8, length);
+        }
+    }
+}
+
+#define PREFETCH_TOKENS 32        // that are multiplied between two requests for the weights to come
+
+// Columns [first, first + depth) of some panels of integer weights times n rows, added to out [panels][n][32] but for the first
+// columns, which are written there.
+static void multiply_columns(const struct Session *s, struct Worker *worker, const struct Matrix *m, size_t first_panel, size_t panels,
+                             size_t first, size_t depth, const struct Row *x, size_t n, float *out) {
+    for (size_t p = 0; p < panels; p++) {
+        s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_step, m->cols, first, depth, worker->unpacked, worker->unpacked_scales);
+        // Meanwhile what is unpacked next comes from memory, a part with every few tokens.
+        bool last = p + 1 == panels;
+        size_t next_first = last ? first + depth : first, lines = panel_bytes(m->dtype, min_size(GEMM_DEPTH, m->cols - next_first)) / 64;
+        const uint8_t *next = column_data(m, last ? first_panel : first_panel + p + 1, next_first);
+        for (size_t t = 0, count; t < n; t += count) {
+            count = min_size(PREFETCH_TOKENS, n - t);
+            for (size_t i = lines * t / n; i < lines * (t + count) / n; i++) __builtin_prefetch(next + i * 64, 0, 2);
+            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x + t, first, count, first > 0,
+                                          out + (p * n + t) * PANEL_ROWS, PANEL_ROWS);
         }
     }
 }
@@ -1691,19 +1717,14 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
     }
     for (size_t first = 0; first < m->cols; first += GEMM_DEPTH) {
         size_t depth = min_size(GEMM_DEPTH, m->cols - first);
-        if (uses_gemm(m->dtype, n)) {
-            for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, width);
-            for (size_t t = 0; t < n; t++) memcpy(worker->gemm_inputs + t * depth, x[t].values + first, depth * sizeof(float));
-            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)width, (int)depth, 1, worker->gemm_inputs, (int)depth,
-                        worker->gemm_weights, (int)width, first ? 1 : 0, worker->gemm_tile, (int)width);
+        if (!uses_gemm(m->dtype, n)) {
+            multiply_columns(s, worker, m, first_panel, panels, first, depth, x, n, out);
             continue;
         }
-        for (size_t p = 0; p < panels; p++) {
-            s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_step, m->cols, first, depth, worker->unpacked,
-                                         worker->unpacked_scales);
-            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x, first, n, first > 0,
-                                          out + p * n * PANEL_ROWS, PANEL_ROWS);
-        }
+        for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, width);
+        for (size_t t = 0; t < n; t++) memcpy(worker->gemm_inputs + t * depth, x[t].values + first, depth * sizeof(float));
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)width, (int)depth, 1, worker->gemm_inputs, (int)depth,
+                    worker->gemm_weights, (int)width, first ? 1 : 0, worker->gemm_tile, (int)width);
     }
     for (size_t i = 0; i < panels * n && uses_gemm(m->dtype, n); i++)
         memcpy(out + i * PANEL_ROWS, worker->gemm_tile + i % n * width + i / n * PANEL_ROWS, PANEL_ROWS * sizeof *out);
