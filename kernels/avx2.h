@@ -666,6 +666,17 @@ AVX2 static float dot_avx2(const float *x, const float *y, size_t n) {
     return total;
 }
 
+AVX2 static float find_maximum_avx2(const float *x, size_t n) {
+    __m256 largest8 = _mm256_set1_ps(-INFINITY);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) largest8 = _mm256_max_ps(_mm256_loadu_ps(x + i), largest8);
+    __m128 largest4 = _mm_max_ps(_mm256_castps256_ps128(largest8), _mm256_extractf128_ps(largest8, 1));
+    largest4 = _mm_max_ps(largest4, _mm_movehl_ps(largest4, largest4));
+    float largest = _mm_cvtss_f32(_mm_max_ss(largest4, _mm_movehdup_ps(largest4)));
+    for (; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 // exp_float() of 8 numbers.
 AVX2_INLINE __m256 exp_avx2(__m256 x) {
     x = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
@@ -795,7 +806,6 @@ AVX2 static void rotate_columns_avx2(const float *x, size_t n, float *out) {
                      : "+r"(rounds) : : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",   \
                        "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15")
 
-AVX2 static float find_maximum_avx2(const float *x, size_t n) { return find_maximum_body(x, n); }
 AVX2 static void quantize_keys_avx2(const float *x, size_t rows, uint8_t *block) { quantize_keys_body(x, rows, block); }
 AVX2 static void quantize_values_avx2(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels) {
     quantize_values_body(x, rows, first, scales, panels);

@@ -540,6 +540,18 @@ AVX512 static float dot_avx512(const float *x, const float *y, size_t n) {
     return sum_avx512(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
+AVX512 static float find_maximum_avx512(const float *x, size_t n) {
+    __m512 largest[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)};
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        UNROLL for (size_t v = 0; v < 2; v++) largest[v] = _mm512_max_ps(_mm512_loadu_ps(x + i + 16 * v), largest[v]);
+    for (; i < n; i += 16) {
+        __mmask16 lanes = lanes_avx512(n - i);
+        largest[0] = _mm512_mask_max_ps(largest[0], lanes, _mm512_maskz_loadu_ps(lanes, x + i), largest[0]);
+    }
+    return _mm512_reduce_max_ps(_mm512_max_ps(largest[0], largest[1]));
+}
+
 // exp_float() of 16 numbers.
 AVX512_INLINE __m512 exp_avx512(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
@@ -648,7 +660,6 @@ AVX512 static void rotate_columns_avx512(const float *x, size_t n, float *out) {
     }
 }
 
-AVX512 static float find_maximum_avx512(const float *x, size_t n) { return find_maximum_body(x, n); }
 AVX512 static void quantize_keys_avx512(const float *x, size_t rows, uint8_t *block) { quantize_keys_body(x, rows, block); }
 AVX512 static void quantize_values_avx512(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels) {
     quantize_values_body(x, rows, first, scales, panels);
