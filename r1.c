@@ -1298,6 +1298,7 @@ static const char *const cache_names[] = {"f32", "f16", "q8"};
 #define CACHE_BLOCK 256           // positions of a block of the cache, which attention takes at a time
 #define CACHE_SPAN 4096           // positions that one thread goes through for few tokens; a multiple of CACHE_BLOCK
 #define ATTENTION_QUERIES 256     // most queries (tokens times heads) of one piece of attention work
+#define FEW_QUERIES 32            // of a piece: fewer need a part of the cache faster than it comes
 #define MAX_BATCH 16384
 
 struct SessionOptions {
@@ -2045,9 +2046,16 @@ static void multiply_panel(const struct Session *s, struct Worker *worker, uint3
         }
         return;
     }
+    // Meanwhile the next panel comes from memory, a part with every tile; with one tile, the kernel's own requests do.
+    size_t lines = panel_bytes(dtype, panel_cols) / 64;
+    const uint8_t *next = panel + panel_bytes(dtype, panel_cols);
     float tile[TILE_TOKENS * PANEL_ROWS];
-    for (size_t i = 0; i < count; i++) {
-        if (i % TILE_TOKENS == 0) s->kernels->product[dtype](panel, cols, rows + i, min_size(TILE_TOKENS, count - i), tile);
+    for (size_t i = 0, n = 0; i < count; i++) {
+        if (i % TILE_TOKENS == 0) {
+            n = min_size(TILE_TOKENS, count - i);
+            for (size_t j = lines * i / count; j < lines * (i + n) / count && count > n; j++) __builtin_prefetch(next + j * 64, 0, 2);
+            s->kernels->product[dtype](panel, cols, rows + i, n, tile);
+        }
         for (size_t r = 0; r < PANEL_ROWS; r++) out[i * stride + r] = (add ? out[i * stride + r] : 0) + tile[i % TILE_TOKENS * PANEL_ROWS + r];
     }
 }
@@ -2161,39 +2169,46 @@ static void prepare_queries(struct Session *s, int thread, size_t layer) {
     }
 }
 
-// A piece of attention: some tokens, some of the heads that share a cache head, and a span of the cache.
+// A piece of attention: some tokens, some of the heads that share a cache head, and some spans of the cache.
 struct Piece {
     size_t cache_head, first_head, heads, first_token, tokens;
-    size_t span, first, end;      // positions [first, end)
+    size_t first_span, end_span;
 };
 
-// How a step is cut into pieces: as large as the buffers allow, so that a piece of the cache is read once for many queries,
+// How a step is cut into pieces: as large as the buffers allow, so that a part of the cache is read once for many queries,
 // but enough pieces for all threads.
 struct Pieces {
     size_t cache_heads, group;    // heads that share one
     size_t heads, tokens;         // of a piece at most
-    size_t head_pieces, token_pieces, spans;
+    size_t spans;                 // of the cache; 1 for many tokens
+    size_t head_pieces, token_pieces, span_pieces;   // a piece has all spans or one
 };
 
 static struct Pieces cut_attention(const struct Session *s) {
     const struct ModelConfig *c = &s->model->config;
-    struct Pieces all = {.cache_heads = cache_heads(c), .spans = s->n > EXACT_TOKENS ? 1 : ceil_div(s->position + s->n, CACHE_SPAN)};
+    bool many = s->n > EXACT_TOKENS;
+    struct Pieces all = {.cache_heads = cache_heads(c), .spans = many ? 1 : ceil_div(s->position + s->n, CACHE_SPAN), .span_pieces = 1};
     all.group = c->num_attention_heads / all.cache_heads;
     all.heads = min_size(all.group, ATTENTION_QUERIES);
     all.tokens = min_size(s->n, ATTENTION_QUERIES / all.heads);
-    size_t least = (s->n > EXACT_TOKENS ? 16 : 1) * (size_t)s->team->threads;
+    size_t threads = (size_t)s->team->threads;
     for (;;) {
         all.head_pieces = ceil_div(all.group, all.heads);
         all.token_pieces = ceil_div(s->n, all.tokens);
-        if (all.cache_heads * all.head_pieces * all.token_pieces * all.spans >= least || all.tokens + all.heads == 2) return all;
-        if (all.tokens > 1) all.tokens = ceil_div(all.tokens, 2);
+        size_t pieces = all.cache_heads * all.head_pieces * all.token_pieces * all.span_pieces, queries = all.heads * all.tokens;
+        // More pieces than threads even out their work, but each reads the cache anew.
+        size_t wanted = many ? 16 * threads : queries > FEW_QUERIES ? 4 * threads : threads;
+        if (pieces >= wanted || queries == 1) return all;
+        if (queries <= FEW_QUERIES && all.span_pieces < all.spans) all.span_pieces = all.spans;
+        else if (all.tokens > 1) all.tokens = ceil_div(all.tokens, 2);
         else all.heads = ceil_div(all.heads, 2);
     }
 }
 
 static struct Piece piece_at(const struct Session *s, const struct Pieces *all, size_t item) {
-    struct Piece p = {.span = item % all->spans};
-    item /= all->spans;
+    struct Piece p = {.first_span = item % all->span_pieces};
+    p.end_span = all->span_pieces > 1 ? p.first_span + 1 : all->spans;
+    item /= all->span_pieces;
     p.first_token = item % all->token_pieces * all->tokens;
     item /= all->token_pieces;
     p.cache_head = item / all->head_pieces;
@@ -2201,9 +2216,6 @@ static struct Piece piece_at(const struct Session *s, const struct Pieces *all, 
     p.first_head = p.cache_head * all->group + first_of_group;
     p.heads = min_size(all->heads, all->group - first_of_group);
     p.tokens = min_size(all->tokens, s->n - p.first_token);
-    p.first = p.span * CACHE_SPAN;
-    p.end = s->position + p.first_token + p.tokens;
-    if (all->spans > 1) p.end = min_size(p.end, p.first + CACHE_SPAN);
     return p;
 }
 
@@ -2252,6 +2264,21 @@ static void join_spans(const struct Session *s, size_t head_of_token, size_t spa
     for (size_t c = 0; c < cols; c++) out[c] *= 1.0f / sum;
 }
 
+// Attention of a piece's queries, in w->queries, over a span of the cache: maxima, sums and what they mix in w.
+static struct Queries attend_span(const struct Session *s, struct Worker *w, size_t layer, const struct Piece *piece, size_t spans, size_t span) {
+    const struct ModelConfig *c = &s->model->config;
+    struct Queries queries = {.count = piece->tokens * piece->heads, .heads = piece->heads, .first_token = piece->first_token,
+                              .rows = w->queries.rows, .key_cols = cache_key_cols(c, s->cache_dtype), .value_cols = cache_value_cols(c),
+                              .mixed = w->mixed, .maxima = w->maxima, .sums = w->sums};
+    size_t first = span * CACHE_SPAN, end = s->position + piece->first_token + piece->tokens;
+    if (spans > 1) end = min_size(end, first + CACHE_SPAN);
+    start_softmax(&queries);
+    for (; first < end; first += CACHE_BLOCK)
+        attend_block(s, w, &queries, first, min_size(CACHE_BLOCK, end - first), s->cache_dtype, cache_keys(s, layer, piece->cache_head, first),
+                     cache_values(s, layer, piece->cache_head, first));
+    return queries;
+}
+
 // Attention of the micro-batch over the cache as it is. All threads call it.
 static void attend_cache(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
@@ -2259,29 +2286,22 @@ static void attend_cache(struct Session *s, int thread, size_t layer) {
     struct Worker *w = &s->workers[thread];
     size_t heads = c->num_attention_heads, value_cols = cache_value_cols(c), item;
     struct Pieces all = cut_attention(s);
-    struct Items items = share_items(s->team, thread, all.cache_heads * all.head_pieces * all.token_pieces * all.spans);
+    struct Items items = share_items(s->team, thread, all.cache_heads * all.head_pieces * all.token_pieces * all.span_pieces);
     while (next_item(&items, &item)) {
         struct Piece piece = piece_at(s, &all, item);
         take_queries(s, w, l, &piece);
-        struct Queries queries = {.count = piece.tokens * piece.heads, .heads = piece.heads, .first_token = piece.first_token,
-                                  .rows = w->queries.rows, .key_cols = cache_key_cols(c, s->cache_dtype), .value_cols = value_cols,
-                                  .mixed = w->mixed, .maxima = w->maxima, .sums = w->sums};
-        start_softmax(&queries);
-        for (size_t first = piece.first; first < piece.end; first += CACHE_BLOCK)
-            attend_block(s, w, &queries, first, min_size(CACHE_BLOCK, piece.end - first), s->cache_dtype,
-                         cache_keys(s, layer, piece.cache_head, first), cache_values(s, layer, piece.cache_head, first));
-        if (all.spans == 1) {
-            end_softmax(&queries);
-            for (size_t h = 0; h < piece.heads; h++)
-                store_attended(s, l, piece.first_head + h, piece.first_token, piece.tokens, w->mixed + h * value_cols, piece.heads * value_cols);
-            continue;
+        for (size_t span = piece.first_span; span < piece.end_span; span++) {
+            struct Queries queries = attend_span(s, w, layer, &piece, all.spans, span);
+            if (all.spans == 1) end_softmax(&queries);
+            for (size_t i = 0; i < queries.count && all.spans > 1; i++) {
+                size_t at = (span * EXACT_TOKENS + piece.first_token + i / piece.heads) * heads + piece.first_head + i % piece.heads;
+                memcpy(s->span_mixed + at * value_cols, w->mixed + i * value_cols, value_cols * sizeof *w->mixed);
+                s->span_maxima[at] = w->maxima[i];
+                s->span_sums[at] = w->sums[i];
+            }
         }
-        for (size_t i = 0; i < queries.count; i++) {
-            size_t at = (piece.span * EXACT_TOKENS + piece.first_token + i / piece.heads) * heads + piece.first_head + i % piece.heads;
-            memcpy(s->span_mixed + at * value_cols, w->mixed + i * value_cols, value_cols * sizeof *w->mixed);
-            s->span_maxima[at] = w->maxima[i];
-            s->span_sums[at] = w->sums[i];
-        }
+        for (size_t h = 0; h < piece.heads && all.spans == 1; h++)
+            store_attended(s, l, piece.first_head + h, piece.first_token, piece.tokens, w->mixed + h * value_cols, piece.heads * value_cols);
     }
     if (all.spans == 1) return;
     team_barrier(s->team);
