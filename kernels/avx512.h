@@ -257,75 +257,88 @@ AVX512_INLINE void product_bf16_avx512_tile(const uint8_t *panel, size_t cols, c
     }
 }
 
-// Adds the products of 16 rows and two columns, [16][2] half-precision numbers, with n tokens to sum[t]: rows 0-7 and
-// 8-15, both columns of a row side by side.
-AVX512_INLINE void add_columns_f8_avx512(__m512 (*sum)[2], const uint16_t *halves, float (*values)[K_GROUP], size_t k,
-                                         const size_t n) {
-    __m512 w0 = _mm512_cvtph_ps(load_bytes_avx2(halves)), w1 = _mm512_cvtph_ps(load_bytes_avx2(halves + 16));
+// The upper and lower bytes of the bf16 numbers that E4M3 codes without their sign stand for: the exponent's bias is 120
+// more, and the subnormal numbers of exponent 0 are normal ones.
+#define UPPER_8(e) ((e) + 120) >> 1, ((e) + 120) >> 1, ((e) + 120) >> 1, ((e) + 120) >> 1, \
+                   ((e) + 120) >> 1, ((e) + 120) >> 1, ((e) + 120) >> 1, ((e) + 120) >> 1
+#define LOWER_8(e) ((e) & 1) << 7, ((e) & 1) << 7 | 16, ((e) & 1) << 7 | 32, ((e) & 1) << 7 | 48, \
+                   ((e) & 1) << 7 | 64, ((e) & 1) << 7 | 80, ((e) & 1) << 7 | 96, ((e) & 1) << 7 | 112
+static const uint8_t E4M3_UPPER[128] = {
+    0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c, UPPER_8(1), UPPER_8(2), UPPER_8(3), UPPER_8(4), UPPER_8(5), UPPER_8(6), UPPER_8(7),
+    UPPER_8(8), UPPER_8(9), UPPER_8(10), UPPER_8(11), UPPER_8(12), UPPER_8(13), UPPER_8(14), UPPER_8(15)};
+static const uint8_t E4M3_LOWER[128] = {
+    0, 0, 0x80, 0xc0, 0, 0x20, 0x40, 0x60, LOWER_8(1), LOWER_8(2), LOWER_8(3), LOWER_8(4), LOWER_8(5), LOWER_8(6), LOWER_8(7),
+    LOWER_8(8), LOWER_8(9), LOWER_8(10), LOWER_8(11), LOWER_8(12), LOWER_8(13), LOWER_8(14), LOWER_8(15)};
+#undef UPPER_8
+#undef LOWER_8
+
+// Adds the products of 16 rows and four columns, [16][4], with n tokens to sum[t]. upper and lower are the tables above, 64
+// codes in each half. Columns 0 and 2 come out side by side in the lanes, and so do 1 and 3: a row has two sums. sum[t][0] has
+// rows 0, 1, 4, 5, 8 and so on, sum[t][1] the others.
+AVX512_INLINE void add_columns_f8_avx512(__m512 (*sum)[2], const uint8_t *w, const __m512i *upper, const __m512i *lower,
+                                         float (*values)[K_GROUP], size_t k, const size_t n) {
+    const __m512i odd_mask = _mm512_set1_epi32((int32_t)0xffff0000);
+    __m512i codes = _mm512_loadu_si512(w);
+    __m512i high = _mm512_permutex2var_epi8(upper[0], codes, upper[1]), low = _mm512_permutex2var_epi8(lower[0], codes, lower[1]);
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xf8);   // high | (codes & sign)
+    __m512i pairs0 = _mm512_unpacklo_epi8(low, high), pairs1 = _mm512_unpackhi_epi8(low, high);
+    __m512 even0 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs0, 16)), odd0 = _mm512_castsi512_ps(_mm512_and_si512(pairs0, odd_mask));
+    __m512 even1 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs1, 16)), odd1 = _mm512_castsi512_ps(_mm512_and_si512(pairs1, odd_mask));
     UNROLL for (size_t t = 0; t < n; t++) {
-        double pair;
-        memcpy(&pair, values[t] + k, sizeof pair);
-        __m512 value = _mm512_castpd_ps(_mm512_set1_pd(pair));
-        sum[t][0] = _mm512_fmadd_ps(w0, value, sum[t][0]);
-        sum[t][1] = _mm512_fmadd_ps(w1, value, sum[t][1]);
+        double even_pair, odd_pair;
+        memcpy(&even_pair, values[t] + k, sizeof even_pair);
+        memcpy(&odd_pair, values[t] + k + 2, sizeof odd_pair);
+        __m512 even = _mm512_castpd_ps(_mm512_set1_pd(even_pair)), odd = _mm512_castpd_ps(_mm512_set1_pd(odd_pair));
+        sum[t][0] = _mm512_fmadd_ps(even0, even, sum[t][0]);
+        sum[t][1] = _mm512_fmadd_ps(even1, even, sum[t][1]);
+        sum[t][0] = _mm512_fmadd_ps(odd0, odd, sum[t][0]);
+        sum[t][1] = _mm512_fmadd_ps(odd1, odd, sum[t][1]);
     }
 }
 
-// See product_f8_avx2_tile() for the conversion. It goes through memory because converting what is there takes half the
-// operations of converting half a register. The group's scale goes into the tokens' values. Up to four tokens take all
-// 32 rows at a time; more have registers for 16 only, and pass a group twice.
+// The group's scale goes into the tokens' values. Up to four tokens take all 32 rows at a time; more have registers for 16
+// only, and pass a group twice.
 AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
                                           float *out) {
-    const __m512i half_bits = _mm512_set1_epi16((int16_t)0xbf80);
-    __m512 upper[TILE_TOKENS][2], lower[TILE_TOKENS][2];                   // rows 0-15, rows 16-31
-    UNROLL for (size_t t = 0; t < n; t++) upper[t][0] = upper[t][1] = lower[t][0] = lower[t][1] = _mm512_setzero_ps();
+    const __m512i upper[2] = {_mm512_loadu_si512(E4M3_UPPER), _mm512_loadu_si512(E4M3_UPPER + 64)};
+    const __m512i lower[2] = {_mm512_loadu_si512(E4M3_LOWER), _mm512_loadu_si512(E4M3_LOWER + 64)};
+    __m512 first_rows[TILE_TOKENS][2], last_rows[TILE_TOKENS][2];          // rows 0-15, rows 16-31
+    UNROLL for (size_t t = 0; t < n; t++)
+        first_rows[t][0] = first_rows[t][1] = last_rows[t][0] = last_rows[t][1] = _mm512_setzero_ps();
     for (size_t first = 0; first < cols; first += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - first);
         const float *scales = (const float *)(const void *)panel;          // [8], one for each 32 columns
         const uint8_t *w = panel + block_head_bytes(DTYPE_F8, length);     // [length/4][32][4]
-        for (size_t group = 0; group < length; group += K_GROUP) {
-            uint16_t halves[K_GROUP * PANEL_ROWS] __attribute__((aligned(64)));
-            for (size_t i = 0; i < K_GROUP * PANEL_ROWS; i += 4 * PANEL_ROWS, w += 4 * PANEL_ROWS) {
-                prefetch_weights(w);
-                __m512i codes0 = _mm512_loadu_si512(w), codes1 = _mm512_loadu_si512(w + 64);
-                __m512i even0 = _mm512_srai_epi16(_mm512_slli_epi16(codes0, 8), 1), odd0 = _mm512_srai_epi16(codes0, 1);
-                __m512i even1 = _mm512_srai_epi16(_mm512_slli_epi16(codes1, 8), 1), odd1 = _mm512_srai_epi16(codes1, 1);
-                _mm512_storeu_si512(halves + i, _mm512_and_si512(even0, half_bits));
-                _mm512_storeu_si512(halves + i + 32, _mm512_and_si512(even1, half_bits));
-                _mm512_storeu_si512(halves + i + 64, _mm512_and_si512(odd0, half_bits));
-                _mm512_storeu_si512(halves + i + 96, _mm512_and_si512(odd1, half_bits));
-            }
+        for (size_t group = 0; group < length; group += K_GROUP, w += K_GROUP * PANEL_ROWS) {
             float values[TILE_TOKENS][K_GROUP] __attribute__((aligned(64))); // columns 0, 2, 1, 3 of each four
-            __m512 scale = _mm512_set1_ps(scales[group / K_GROUP] * 256.0f);
-            UNROLL for (size_t t = 0; t < n; t++) {
-                const float *from = x[t].values + first + group;
-                _mm512_storeu_ps(values[t], _mm512_mul_ps(_mm512_permute_ps(_mm512_loadu_ps(from), 0xd8), scale));
-                _mm512_storeu_ps(values[t] + 16,
-                                 _mm512_mul_ps(_mm512_permute_ps(_mm512_loadu_ps(from + 16), 0xd8), scale));
-            }
-            // halves: [8 fours][columns 0 and 2, columns 1 and 3][32 rows][2]
+            __m512 scale = _mm512_set1_ps(scales[group / K_GROUP]);
+            UNROLL for (size_t t = 0; t < n; t++)
+                UNROLL for (size_t k = 0; k < K_GROUP; k += 16)
+                    _mm512_storeu_ps(values[t] + k,
+                                     _mm512_mul_ps(_mm512_permute_ps(_mm512_loadu_ps(x[t].values + first + group + k), 0xd8), scale));
             if (n <= 4) {
-                for (size_t k = 0; k < K_GROUP; k += 2) {
-                    add_columns_f8_avx512(upper, halves + k * PANEL_ROWS, values, k, n);
-                    add_columns_f8_avx512(lower, halves + k * PANEL_ROWS + 32, values, k, n);
+                for (size_t k = 0; k < K_GROUP; k += 4) {
+                    prefetch_weights(w + k * PANEL_ROWS);
+                    add_columns_f8_avx512(first_rows, w + k * PANEL_ROWS, upper, lower, values, k, n);
+                    add_columns_f8_avx512(last_rows, w + k * PANEL_ROWS + 64, upper, lower, values, k, n);
                 }
             } else {
-                for (size_t k = 0; k < K_GROUP; k += 2)
-                    add_columns_f8_avx512(upper, halves + k * PANEL_ROWS, values, k, n);
-                for (size_t k = 0; k < K_GROUP; k += 2)
-                    add_columns_f8_avx512(lower, halves + k * PANEL_ROWS + 32, values, k, n);
+                for (size_t k = 0; k < K_GROUP; k += 4) {
+                    prefetch_weights(w + k * PANEL_ROWS);
+                    add_columns_f8_avx512(first_rows, w + k * PANEL_ROWS, upper, lower, values, k, n);
+                }
+                for (size_t k = 0; k < K_GROUP; k += 4)
+                    add_columns_f8_avx512(last_rows, w + k * PANEL_ROWS + 64, upper, lower, values, k, n);
             }
         }
         panel = w;
     }
-    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     UNROLL for (size_t t = 0; t < n; t++) {
-        _mm512_storeu_ps(out + t * PANEL_ROWS, _mm512_add_ps(_mm512_permutex2var_ps(upper[t][0], evens, upper[t][1]),
-                                                             _mm512_permutex2var_ps(upper[t][0], odds, upper[t][1])));
-        _mm512_storeu_ps(out + t * PANEL_ROWS + 16,
-                         _mm512_add_ps(_mm512_permutex2var_ps(lower[t][0], evens, lower[t][1]),
-                                       _mm512_permutex2var_ps(lower[t][0], odds, lower[t][1])));
+        float *o = out + t * PANEL_ROWS;
+        _mm512_storeu_ps(o, _mm512_add_ps(_mm512_shuffle_ps(first_rows[t][0], first_rows[t][1], 0x88),
+                                          _mm512_shuffle_ps(first_rows[t][0], first_rows[t][1], 0xdd)));
+        _mm512_storeu_ps(o + 16, _mm512_add_ps(_mm512_shuffle_ps(last_rows[t][0], last_rows[t][1], 0x88),
+                                               _mm512_shuffle_ps(last_rows[t][0], last_rows[t][1], 0xdd)));
     }
 }
 
