@@ -790,7 +790,7 @@ struct Kernels {
     void (*rotate_columns)(const float *x, size_t n, float *out);
     // Sum of x[i] * y[i].
     float (*dot)(const float *x, const float *y, size_t n);
-    // The largest of n numbers, -infinity of none.
+    // The largest of n numbers, -infinity of none; not-a-numbers are left out.
     float (*find_maximum)(const float *x, size_t n);
     // Quantises 32 columns of x [rows][32], each with a scale of its own: what a block of 256 positions like a q8 cache's holds
     // of keys (rows <= 256, a multiple of 32: a k-block of a q8 panel) and of values (its place is that of positions first
@@ -1114,14 +1114,10 @@ INLINE float dot_body(const float *x, const float *y, size_t n) {
     return sum;
 }
 
-INLINE float find_maximum_body(const float *x, size_t n) {
-    float largest[16], all = -INFINITY;
-    for (size_t i = 0; i < 16; i++) largest[i] = -INFINITY;
-    for (; n >= 16; n -= 16, x += 16)
-        for (size_t i = 0; i < 16; i++) largest[i] = x[i] > largest[i] ? x[i] : largest[i];
-    for (size_t i = 0; i < n; i++) largest[i] = x[i] > largest[i] ? x[i] : largest[i];
-    for (size_t i = 0; i < 16; i++) all = largest[i] > all ? largest[i] : all;
-    return all;
+static float find_maximum(const float *x, size_t n) {
+    float largest = -INFINITY;
+    for (size_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
 }
 
 // The scales that bring the largest of each column to 127, and their inverses.
@@ -1226,7 +1222,7 @@ static const struct Kernels portable_kernels = {
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_body,
     .dot = dot_body,
-    .find_maximum = find_maximum_body,
+    .find_maximum = find_maximum,
     .quantize_keys = quantize_keys_body,
     .quantize_values = quantize_values_body,
     .exp_row = exp_row_body,
@@ -1683,6 +1679,11 @@ static void expand_panel(const struct Matrix *m, size_t panel, size_t first, siz
     }
 }
 
+// Asks for the part [first, end) of `all` of some bytes. An address that is not there is no error.
+static void prefetch_part(const uint8_t *data, size_t bytes, size_t first, size_t end, size_t all) {
+    for (size_t line = bytes / 64 * first / all; line < bytes / 64 * end / all; line++) __builtin_prefetch(data + line * 64, 0, 2);
+}
+
 #define PREFETCH_TOKENS 32        // that are multiplied between two requests for the weights to come
 
 // Columns [first, first + depth) of some panels of integer weights times n rows, added to out [panels][n][32] but for the first
@@ -1693,11 +1694,11 @@ static void multiply_columns(const struct Session *s, struct Worker *worker, con
         s->kernels->unpack[m->dtype](m->data + (first_panel + p) * m->panel_step, m->cols, first, depth, worker->unpacked, worker->unpacked_scales);
         // Meanwhile what is unpacked next comes from memory, a part with every few tokens.
         bool last = p + 1 == panels;
-        size_t next_first = last ? first + depth : first, lines = panel_bytes(m->dtype, min_size(GEMM_DEPTH, m->cols - next_first)) / 64;
+        size_t next_first = last ? first + depth : first, bytes = panel_bytes(m->dtype, min_size(GEMM_DEPTH, m->cols - next_first));
         const uint8_t *next = column_data(m, last ? first_panel : first_panel + p + 1, next_first);
         for (size_t t = 0, count; t < n; t += count) {
             count = min_size(PREFETCH_TOKENS, n - t);
-            for (size_t i = lines * t / n; i < lines * (t + count) / n; i++) __builtin_prefetch(next + i * 64, 0, 2);
+            prefetch_part(next, bytes, t, t + count, n);
             s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x + t, first, count, first > 0,
                                           out + (p * n + t) * PANEL_ROWS, PANEL_ROWS);
         }
@@ -1786,10 +1787,13 @@ static float rms_scale(const struct Session *s, const float *x, size_t n, double
     return 1.0f / sqrtf(s->kernels->dot(x, x, n) / (float)n + (float)eps);
 }
 
+static void scale_values(const float *x, float scale, const float *weight, size_t n, float *out) {
+    for (size_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
 // out = x / sqrt(mean(x^2) + eps) * weight (RMSNorm, arXiv:1910.07467). out may be x.
 static void rms_norm(const struct Session *s, const float *x, const float *weight, size_t n, double eps, float *out) {
-    float scale = rms_scale(s, x, n, eps);
-    for (size_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+    scale_values(x, rms_scale(s, x, n, eps), weight, n, out);
 }
 
 // Fills in the quantised form of a k-block of up to 256 values, in rotated columns as format.h tells; it starts at value `at`
@@ -1803,11 +1807,13 @@ static void quantize_k_block(const struct Session *s, const struct Activations *
     s->kernels->quantize_block(rotated, length, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP, a->block_sums + at / K_BLOCK);
 }
 
-// The k-blocks of rows of `cols` values: an item of quantising, so that a single token, too, is work for several threads.
+// The k-blocks of rows of `cols` values. Norms and quantising are dealt out by these, so that a single token, too, is work for
+// several threads.
 static size_t count_k_blocks(size_t rows, size_t cols) { return rows * ceil_div(cols, K_BLOCK); }
 
-// The same for k-block `item` of the rows from `row` on, whose values are there.
+// Quantises k-block `item` of the rows from `row` on, whose values are there, if some matrix needs it.
 static void quantize_item(const struct Session *s, const struct Activations *a, size_t row, size_t cols, size_t item) {
+    if (!s->integer_weights) return;
     size_t blocks = ceil_div(cols, K_BLOCK), first = item % blocks * K_BLOCK;
     const float *values = a->rows[row + item / blocks].values + first;
     quantize_k_block(s, a, (size_t)(values - a->values), values, min_size(K_BLOCK, cols - first));
@@ -1823,8 +1829,8 @@ static void norm_tokens(struct Session *s, int thread, const float *weight) {
         const float *x = s->x + t * hidden;
         if (item == first_item || first == 0) scale = rms_scale(s, x, hidden, s->model->config.rms_norm_eps);
         float *values = row_values(&s->input, t) + first;
-        for (size_t k = 0; k < length; k++) values[k] = x[first + k] * scale * weight[first + k];
-        if (s->integer_weights) quantize_item(s, &s->input, 0, hidden, item);
+        scale_values(x + first, scale, weight + first, length, values);
+        quantize_item(s, &s->input, 0, hidden, item);
     }
     team_barrier(s->team);
 }
@@ -2047,13 +2053,12 @@ static void multiply_panel(const struct Session *s, struct Worker *worker, uint3
         return;
     }
     // Meanwhile the next panel comes from memory, a part with every tile; with one tile, the kernel's own requests do.
-    size_t lines = panel_bytes(dtype, panel_cols) / 64;
-    const uint8_t *next = panel + panel_bytes(dtype, panel_cols);
+    size_t bytes = panel_bytes(dtype, panel_cols);
     float tile[TILE_TOKENS * PANEL_ROWS];
     for (size_t i = 0, n = 0; i < count; i++) {
         if (i % TILE_TOKENS == 0) {
             n = min_size(TILE_TOKENS, count - i);
-            for (size_t j = lines * i / count; j < lines * (i + n) / count && count > n; j++) __builtin_prefetch(next + j * 64, 0, 2);
+            if (count > n) prefetch_part(panel + bytes, bytes, i, i + n, count);
             s->kernels->product[dtype](panel, cols, rows + i, n, tile);
         }
         for (size_t r = 0; r < PANEL_ROWS; r++) out[i * stride + r] = (add ? out[i * stride + r] : 0) + tile[i % TILE_TOKENS * PANEL_ROWS + r];
@@ -2129,7 +2134,7 @@ static void store_latents(struct Session *s, int thread, size_t layer) {
         size_t t = item / parts, position = s->position + t;
         if (item % parts) {
             rms_norm(s, s->q_latent + t * q_lora, l->q_a_norm, q_lora, LATENT_NORM_EPS, row_values(&s->latent, t));
-            for (size_t block = 0; block < count_k_blocks(1, q_lora) && s->integer_weights; block++) quantize_item(s, &s->latent, t, q_lora, block);
+            for (size_t block = 0; block < count_k_blocks(1, q_lora); block++) quantize_item(s, &s->latent, t, q_lora, block);
             continue;
         }
         float *latent = s->kv_latent + t * (lora + rope);
@@ -2558,8 +2563,7 @@ static void plan_jobs(struct Session *s, size_t layer) {
 
 // Asks for the beginning of a panel that is read soon: it takes the processor some kilobytes to see that a stream has begun.
 static void prefetch_panel(const struct Matrix *m, size_t panel) {
-    const uint8_t *start = m->data + panel * m->panel_step;
-    for (size_t i = 0; i < min_size(PANEL_PREFETCH, m->panel_step); i += 64) __builtin_prefetch(start + i, 0, 2);
+    prefetch_part(m->data + panel * m->panel_step, min_size(PANEL_PREFETCH, m->panel_step), 0, 1, 1);
 }
 
 // An item of run_gate_up(): some rows of a job's result for some of its tokens. Of many tokens it has 256 rows, the k-block of
@@ -2606,7 +2610,7 @@ static void run_gate_up(struct Session *s, int thread) {
 static void quantize_hidden(struct Session *s, int thread) {
     size_t total = 0, item, end, row = 0;
     for (size_t j = 0; j < s->job_count; j++) total += count_k_blocks(s->jobs[j].n, s->jobs[j].gate.rows);
-    static_share(s->team, thread, s->integer_weights ? total : 0, &item, &end);
+    static_share(s->team, thread, total, &item, &end);
     for (size_t j = 0, first = 0, here; j < s->job_count && first < end; j++, first += here) {
         here = count_k_blocks(s->jobs[j].n, s->jobs[j].gate.rows);
         for (; item < min_size(end, first + here); item++) quantize_item(s, &s->hidden, row, s->jobs[j].gate.rows, item - first);
@@ -2677,7 +2681,7 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
     if (is_mla(c) && s->n >= s->expand_tokens) attend_expanded(s, thread, layer);
     else attend_cache(s, thread, layer);
     team_barrier(s->team);
-    for (static_share(s->team, thread, count_k_blocks(s->n, attended), &item, &end); item < end && s->integer_weights; item++)
+    for (static_share(s->team, thread, count_k_blocks(s->n, attended), &item, &end); item < end; item++)
         quantize_item(s, &s->attended, 0, attended, item);
     team_barrier(s->team);
     multiply(s, thread, &(struct Product){&l->o, s->attended.rows, s->x, c->hidden_size, NULL, true}, 1, s->n);

@@ -535,8 +535,8 @@ AVX2_INLINE void split_signs_avx2(const uint8_t *w, size_t length, uint8_t *spli
     UNROLL for (size_t v = 0; v < 4; v++) store_bytes_avx2(lacking + 8 * v, sum[v]);
 }
 
-// The products of a k-block with n tokens, 16 rows at a time, to or, with `add`, added to out. With vnni, w is [length/4][32][4] bytes to
-// which 128 was added; without, what split_signs_avx2() made.
+// The products of a k-block with n tokens, 16 rows at a time, to or, with `add`, added to out. With vnni, w is
+// [length/4][32][4] bytes to which 128 was added; without, what split_signs_avx2() made.
 AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacking, const float *scales, size_t length,
                                           const struct Row *x, size_t first, const size_t n, bool add, float *out,
                                           size_t stride, const bool vnni) {
@@ -582,7 +582,8 @@ AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacki
 // Tokens go in groups of equal size, as nearly as possible: with VNNI up to six, whose 12 sums hide the latency of its
 // additions, without it up to four.
 #define AVX2_TILE(n, vnni)                                                                                              \
-    case n: multiply_block_avx2_tile(w, lacking, scales, length, x + t, at, n, add || start, out + t * stride, stride, vnni);        \
+    case n:                                                                                                             \
+        multiply_block_avx2_tile(w, lacking, scales, length, x + t, at, n, add || start, out + t * stride, stride, vnni); \
         break;
 
 AVX2 static void multiply_unpacked_avx2(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,

@@ -557,6 +557,16 @@ static void multiply_unpacked_neon(const uint8_t *bytes, const float *scales, si
 
 // ---- everything else
 
+// vmaxnm takes the number where the other is none.
+static float find_maximum_neon(const float *x, size_t n) {
+    float32x4_t largest4 = vdupq_n_f32(-INFINITY);
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) largest4 = vmaxnmq_f32(largest4, vld1q_f32(x + i));
+    float largest = vmaxnmvq_f32(largest4);
+    for (; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 static float dot_neon(const float *x, const float *y, size_t n) {
     float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
     size_t i = 0;
@@ -657,7 +667,7 @@ static const struct Kernels neon_kernels = {
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_neon,
     .dot = dot_neon,
-    .find_maximum = find_maximum_body,
+    .find_maximum = find_maximum_neon,
     .quantize_keys = quantize_keys_body,
     .quantize_values = quantize_values_body,
     .exp_row = exp_row_body,
