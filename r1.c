@@ -1268,6 +1268,9 @@ static size_t list_kernels(const struct Kernels **list) {
 
 // --isa NAME: the table of that name, NULL if the processor lacks it; "auto" takes the best.
 static const struct Kernels *choose_kernels(const char *name) {
+#ifdef R1_AVX2_KERNELS
+    set_prefetching();
+#endif
     const struct Kernels *list[MAX_KERNEL_TABLES];
     size_t count = list_kernels(list);
     for (size_t i = 0; i < count; i++)

@@ -95,6 +95,7 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
         size_t length = min_size(K_BLOCK, cols - first);
         const uint8_t *sub = panel;                                        // [length/32][32]
         const uint8_t *w = panel + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
+        for (size_t i = 0; i < block_head_bytes(DTYPE_Q4, length); i += 128) prefetch_weights(sub + i);
         __m512i part[TILE_TOKENS][2];
         UNROLL for (size_t t = 0; t < n; t++) part[t][0] = part[t][1] = _mm512_setzero_si512();
         for (size_t group = 0; group < length; group += K_GROUP) {
