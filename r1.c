@@ -1824,16 +1824,13 @@ static void quantize_item(const struct Session *s, const struct Activations *a, 
 
 // Normalises every token's x into `input`. All threads call it.
 static void norm_tokens(struct Session *s, int thread, const float *weight) {
-    size_t hidden = s->model->config.hidden_size, blocks = ceil_div(hidden, K_BLOCK), first_item, end;
-    float scale = 0;
-    static_share(s->team, thread, count_k_blocks(s->n, hidden), &first_item, &end);
-    for (size_t item = first_item; item < end; item++) {
-        size_t t = item / blocks, first = item % blocks * K_BLOCK, length = min_size(K_BLOCK, hidden - first);
+    size_t hidden = s->model->config.hidden_size, blocks = ceil_div(hidden, K_BLOCK), item, end;
+    for (static_share(s->team, thread, count_k_blocks(s->n, hidden), &item, &end); item < end;) {
+        size_t t = item / blocks, last = min_size((t + 1) * blocks, end);         // of the token's blocks
+        size_t first = item % blocks * K_BLOCK, length = min_size((last - t * blocks) * K_BLOCK, hidden) - first;
         const float *x = s->x + t * hidden;
-        if (item == first_item || first == 0) scale = rms_scale(s, x, hidden, s->model->config.rms_norm_eps);
-        float *values = row_values(&s->input, t) + first;
-        scale_values(x + first, scale, weight + first, length, values);
-        quantize_item(s, &s->input, 0, hidden, item);
+        scale_values(x + first, rms_scale(s, x, hidden, s->model->config.rms_norm_eps), weight + first, length, row_values(&s->input, t) + first);
+        for (; item < last; item++) quantize_item(s, &s->input, 0, hidden, item);
     }
     team_barrier(s->team);
 }
@@ -1925,8 +1922,8 @@ static void rotate_padded(const struct Session *s, const float *x, size_t cols, 
     float piece[K_BLOCK];
     for (size_t first = 0, width; first < padded(cols); first += width) {
         width = rotation_width(padded(cols) - first);
-        for (size_t i = 0; i < width; i++) piece[i] = first + i < cols ? x[first + i] : 0;
-        s->kernels->rotate_columns(piece, width, out + first);
+        for (size_t i = 0; i < width && first + width > cols; i++) piece[i] = first + i < cols ? x[first + i] : 0;
+        s->kernels->rotate_columns(first + width > cols ? piece : x + first, width, out + first);
     }
 }
 
@@ -2572,6 +2569,7 @@ static void prefetch_panel(const struct Matrix *m, size_t panel) {
 // An item of run_gate_up(): some rows of a job's result for some of its tokens. Of many tokens it has 256 rows, the k-block of
 // the product that follows, and quantises it at once: what 512 tokens have there as floats would not fit in a cache.
 #define HIDDEN_PANELS (K_BLOCK / PANEL_ROWS)
+#define GATHERED_ROWS 8
 
 static size_t count_gate_up_items(const struct Session *s, const struct FeedForwardJob *job) {
     size_t panels = panel_count(&job->gate);
@@ -2599,12 +2597,18 @@ static void run_gate_up(struct Session *s, int thread) {
             s->kernels->silu_multiply(gate, w->up_tile, some * n * PANEL_ROWS);
         }
         size_t first_row = first_panel * PANEL_ROWS, rows = min_size(panels * PANEL_ROWS, job->gate.rows - first_row);
-        for (size_t i = 0; i < n; i++) {
-            float *values = row_values(&s->hidden, (size_t)(job->hidden - s->hidden.rows) + first_token + i) + first_row, middle[K_BLOCK];
-            for (size_t p = 0; p < panels; p++)
-                memcpy(middle + p * PANEL_ROWS, w->gate_tile + (p * n + i) * PANEL_ROWS, PANEL_ROWS * sizeof *middle);
-            if (many && job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), middle, rows);
-            else memcpy(values, middle, rows * sizeof *values);
+        // Some rows are gathered before the first is read again: a vector is loaded late while its parts are still being stored.
+        float middle[GATHERED_ROWS][K_BLOCK];
+        for (size_t start = 0; start < n; start += GATHERED_ROWS) {
+            size_t end = min_size(start + GATHERED_ROWS, n), first_hidden = (size_t)(job->hidden - s->hidden.rows) + first_token;
+            for (size_t i = start; i < end; i++)
+                for (size_t p = 0; p < panels; p++)
+                    memcpy(middle[i - start] + p * PANEL_ROWS, w->gate_tile + (p * n + i) * PANEL_ROWS, PANEL_ROWS * sizeof **middle);
+            for (size_t i = start; i < end; i++) {
+                float *values = row_values(&s->hidden, first_hidden + i) + first_row;
+                if (many && job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), middle[i - start], rows);
+                else memcpy(values, middle[i - start], rows * sizeof *values);
+            }
         }
     }
 }
