@@ -804,8 +804,9 @@ struct Kernels {
     // What a half-precision cache holds.
     void (*float_to_half)(const float *x, uint16_t *half, size_t n);
     // What `r1 bench` measures the processor's limits with: reads `count` bytes (a multiple of 256) and makes one number of
-    // them; multiplies and adds int8 numbers that stand in registers, macs_per_round of them in a round.
-    uint64_t (*read_probe)(const uint8_t *bytes, size_t count);
+    // them, each time asking for those that lie `ahead`, if that is not 0; multiplies and adds int8 numbers that stand in
+    // registers, macs_per_round of them in a round.
+    uint64_t (*read_probe)(const uint8_t *bytes, size_t count, size_t ahead);
     void (*multiply_probe)(uint64_t rounds);
     double macs_per_round;
 };
@@ -1190,10 +1191,11 @@ INLINE void float_to_half_body(const float *x, uint16_t *half, size_t n) {
 
 typedef uint64_t WideVector __attribute__((vector_size(64), may_alias));
 
-INLINE uint64_t read_probe_body(const uint8_t *bytes, size_t count) {
+INLINE uint64_t read_probe_body(const uint8_t *bytes, size_t count, size_t ahead) {
     WideVector a = {0}, b = {0}, c = {0}, d = {0};
     for (size_t i = 0; i < count; i += 256) {
         const WideVector *at = (const WideVector *)(const void *)(bytes + i);
+        for (size_t line = 0; line < 256 && ahead; line += 64) __builtin_prefetch((const void *)((uintptr_t)at + ahead + line), 0, 3);
         a ^= at[0], b ^= at[1], c ^= at[2], d ^= at[3];
     }
     a ^= b ^ c ^ d;
@@ -2569,11 +2571,32 @@ static void prefetch_panel(const struct Matrix *m, size_t panel) {
 // An item of run_gate_up(): some rows of a job's result for some of its tokens. Of many tokens it has 256 rows, the k-block of
 // the product that follows, and quantises it at once: what 512 tokens have there as floats would not fit in a cache.
 #define HIDDEN_PANELS (K_BLOCK / PANEL_ROWS)
-#define GATHERED_ROWS 8
+#define GATHERED_ROWS 8           // see store_hidden()
 
 static size_t count_gate_up_items(const struct Session *s, const struct FeedForwardJob *job) {
     size_t panels = panel_count(&job->gate);
     return s->n > EXACT_TOKENS ? ceil_div(panels, HIDDEN_PANELS) * ceil_div(job->n, HIDDEN_TOKENS) : panels;
+}
+
+// What an item gave, [panels][n][32], to rows of s->hidden: quantised of many tokens. Some rows are gathered before the first
+// of them is read again, since a vector that is loaded while its parts are still being stored comes late.
+static void store_hidden(const struct Session *s, const struct Worker *w, const struct FeedForwardJob *job, size_t first_panel, size_t panels,
+                         size_t first_token, size_t n) {
+    size_t first_row = first_panel * PANEL_ROWS, length = min_size(panels * PANEL_ROWS, job->gate.rows - first_row);
+    size_t row = (size_t)(job->hidden - s->hidden.rows) + first_token;
+    float gathered[GATHERED_ROWS][K_BLOCK];
+    for (size_t first = 0, count; first < n; first += count, row += count) {
+        count = min_size(GATHERED_ROWS, n - first);
+        for (size_t i = 0; i < count; i++)
+            for (size_t p = 0; p < panels; p++)
+                memcpy(gathered[i] + p * PANEL_ROWS, w->gate_tile + (p * n + first + i) * PANEL_ROWS, PANEL_ROWS * sizeof(float));
+        for (size_t i = 0; i < count; i++) {
+            float *values = row_values(&s->hidden, row + i) + first_row;
+            if (s->n > EXACT_TOKENS && job->down.dtype >= DTYPE_Q8)
+                quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), gathered[i], length);
+            else memcpy(values, gathered[i], length * sizeof *values);
+        }
+    }
 }
 
 // hidden = silu(gate * x) * (up * x) of all jobs. All threads call it.
@@ -2596,20 +2619,7 @@ static void run_gate_up(struct Session *s, int thread) {
             multiply_tile(s, w, &job->up, first_panel + p, some, job->inputs + first_token, n, w->up_tile);
             s->kernels->silu_multiply(gate, w->up_tile, some * n * PANEL_ROWS);
         }
-        size_t first_row = first_panel * PANEL_ROWS, rows = min_size(panels * PANEL_ROWS, job->gate.rows - first_row);
-        // Some rows are gathered before the first is read again: a vector is loaded late while its parts are still being stored.
-        float middle[GATHERED_ROWS][K_BLOCK];
-        for (size_t start = 0; start < n; start += GATHERED_ROWS) {
-            size_t end = min_size(start + GATHERED_ROWS, n), first_hidden = (size_t)(job->hidden - s->hidden.rows) + first_token;
-            for (size_t i = start; i < end; i++)
-                for (size_t p = 0; p < panels; p++)
-                    memcpy(middle[i - start] + p * PANEL_ROWS, w->gate_tile + (p * n + i) * PANEL_ROWS, PANEL_ROWS * sizeof **middle);
-            for (size_t i = start; i < end; i++) {
-                float *values = row_values(&s->hidden, first_hidden + i) + first_row;
-                if (many && job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), middle[i - start], rows);
-                else memcpy(values, middle[i - start], rows * sizeof *values);
-            }
-        }
+        store_hidden(s, w, job, first_panel, panels, first_token, n);
     }
 }
 
