@@ -98,7 +98,7 @@ struct Probe {
     const struct Kernels *kernels;
     uint8_t *bytes;               // [count] to be read; NULL if there was no memory
     size_t count;
-    size_t ahead;
+    size_t ahead;                 // how far ahead reading asks for bytes; 0: it does not
     uint64_t rounds;
     enum { PROBE_TOUCH, PROBE_READ, PROBE_MULTIPLY } what;
     atomic_uint_fast64_t result;  // of no meaning; keeps the compiler from dropping the reads

@@ -1824,7 +1824,8 @@ static void quantize_item(const struct Session *s, const struct Activations *a, 
     quantize_k_block(s, a, (size_t)(values - a->values), values, min_size(K_BLOCK, cols - first));
 }
 
-// Normalises every token's x into `input`. All threads call it.
+// Normalises every token's x into `input`, a token's blocks all before the first is rotated: see store_hidden(). All threads
+// call it.
 static void norm_tokens(struct Session *s, int thread, const float *weight) {
     size_t hidden = s->model->config.hidden_size, blocks = ceil_div(hidden, K_BLOCK), item, end;
     for (static_share(s->team, thread, count_k_blocks(s->n, hidden), &item, &end); item < end;) {
@@ -1924,8 +1925,9 @@ static void rotate_padded(const struct Session *s, const float *x, size_t cols, 
     float piece[K_BLOCK];
     for (size_t first = 0, width; first < padded(cols); first += width) {
         width = rotation_width(padded(cols) - first);
-        for (size_t i = 0; i < width && first + width > cols; i++) piece[i] = first + i < cols ? x[first + i] : 0;
-        s->kernels->rotate_columns(first + width > cols ? piece : x + first, width, out + first);
+        bool whole = first + width <= cols;
+        for (size_t i = 0; i < width && !whole; i++) piece[i] = first + i < cols ? x[first + i] : 0;
+        s->kernels->rotate_columns(whole ? x + first : piece, width, out + first);
     }
 }
 

@@ -22,8 +22,8 @@
 
 // How the weights to come are asked for: the processor's own prefetcher stops at the end of each 4 KB page. Zen 4 wants them a
 // little ahead and in the second cache: a request for the first takes one of the few places that wait for memory away from the
-// loads themselves, a quarter of the read bandwidth. Zen 5 wants them in the first, from far ahead. A Xeon of 2023 is content
-// with any distance from 512 bytes to 4 KB.
+// loads themselves, a quarter of the read bandwidth. Zen 5 wants them in the first, from far ahead: 4 KB and the second cache
+// give 37.7 of 43 GB/s with q4, this 41. A Xeon of 2023 is content with any distance from 512 bytes to 4 KB.
 static struct {
     size_t bytes;                 // how far ahead
     bool nearest;                 // into the first cache, not the second
@@ -33,7 +33,9 @@ static void set_prefetching(void) {
     unsigned eax = 0, ebx, ecx, edx;
     if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return;
     unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
-    if (family >= 0x1a) prefetching.bytes = 6144, prefetching.nearest = true;            // Zen 5
+    if (family < 0x1a) return;                                             // before Zen 5
+    prefetching.bytes = 6144;
+    prefetching.nearest = true;
 }
 
 // Asks for the 128 bytes so far behind w. An address that is not there is no error.
