@@ -1762,6 +1762,20 @@ static void store_panel(const struct Product *product, size_t panel, const float
     }
 }
 
+// Asks for `rows` floats of each of n (few) tokens, which will be added to. All threads have read them for the norm, and taking a
+// line back from the others takes longer between two parts of a chip than a processor can look ahead.
+static void prefetch_to_add(const float *out, size_t stride, size_t n, size_t rows) {
+    if (n > EXACT_TOKENS) return;
+    for (size_t t = 0; t < n; t++)
+        for (size_t r = 0; r < rows; r += 64 / sizeof *out) {
+#if defined(__x86_64__)
+            __asm__ volatile("prefetchw %0" : : "m"(out[t * stride + r]));     // compilers make a plain one for no processor in particular
+#else
+            __builtin_prefetch(&out[t * stride + r], 1);
+#endif
+        }
+}
+
 static size_t panel_count(const struct Matrix *m) { return ceil_div(m->rows, PANEL_ROWS); }
 static size_t panels_per_item(size_t n) { return n > EXACT_TOKENS ? GEMM_PANELS : 1; }
 
@@ -1776,6 +1790,7 @@ static void multiply(struct Session *s, int thread, const struct Product *produc
         size_t first = item;
         for (size_t here; first >= (here = ceil_div(panel_count(product->matrix), width)); first -= here) product++;
         size_t panels = min_size(width, panel_count(product->matrix) - first * width);
+        if (product->add) prefetch_to_add(product->out + first * width * PANEL_ROWS, product->stride, n, panels * PANEL_ROWS);
         multiply_tile(s, worker, product->matrix, first * width, panels, product->x, n, worker->gate_tile);
         for (size_t p = 0; p < panels; p++) store_panel(product, first * width + p, worker->gate_tile + p * n * PANEL_ROWS, n);
     }
@@ -2651,6 +2666,7 @@ static void run_down(struct Session *s, int thread) {
     struct Items items = share_items(s->team, thread, ceil_div(panels_in_all, width));
     while (next_item(&items, &item)) {
         size_t panels = min_size(width, panels_in_all - item * width);
+        prefetch_to_add(s->x + item * width * PANEL_ROWS, hidden, s->n, panels * PANEL_ROWS);
         for (size_t j = 0; j < s->job_count; j++) {
             const struct FeedForwardJob *job = &s->jobs[j];
             if (s->n <= EXACT_TOKENS && j + 1 < s->job_count) prefetch_panel(&job[1].down, item * width);
