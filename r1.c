@@ -1387,7 +1387,6 @@ struct Session {
 
     struct FeedForwardJob *jobs;  // [experts + 1]
     size_t job_count;
-    size_t hidden_rows;           // rows of `hidden` in use
     uint32_t *job_tokens;         // [batch * (experts per token + 1)]
     float *job_weights;
     struct Row *job_inputs;
@@ -2575,7 +2574,6 @@ static void plan_jobs(struct Session *s, size_t layer) {
         }
         if (c->n_shared_experts) add_common_job(s, &l->shared, &visit, &offset);
     }
-    s->hidden_rows = visit;
 }
 
 #define PANEL_PREFETCH 4096       // bytes
