@@ -706,7 +706,7 @@ static void score_row(const struct Evaluation *e, size_t row) {
 
 static void score_rows_job(void *argument, int thread) {
     struct Evaluation *e = argument;
-    struct Items items = share_items(e->session->team, thread, e->rows);
+    struct Items items = share_items(e->session->team, thread, e->rows, 1);
     for (size_t row; next_item(&items, &row);) score_row(e, row);
 }
 

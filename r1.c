@@ -239,33 +239,46 @@ static void static_share(const struct Team *team, int thread, size_t items, size
 // The items of a step as a thread takes them: its own share in order, so that it reads memory as one stream, and then what
 // the others have not got to yet, since a thread whose processor is taken away for a while must not keep all waiting.
 // A counter holds the number of the step (the team's epoch) in its upper half and the next item in its lower one, and is set
-// for a step by whoever looks at it first.
+// for a step by whoever looks at it first. Where items are a microsecond long they are taken several at a time, half of what is
+// left of a share, so that all end together (guided self-scheduling, Polychronopoulos and Kuck 1987): the processor asks for no
+// memory while it counts.
 struct Items {
     struct Team *team;
     int owner, left;              // whose share is being worked off, and how many shares are left
-    size_t count;
+    size_t count, most;           // items in all, and taken at a time
+    size_t next, end;             // items taken and not given out yet
     uint64_t step;
 };
 
-// `count` items, below 2^32, dealt out among the threads. Between two steps there must be a barrier.
-static struct Items share_items(struct Team *team, int thread, size_t count) {
+// `count` items, below 2^32, dealt out among the threads, who take up to `most` at a time. Between two steps there must be a
+// barrier.
+static struct Items share_items(struct Team *team, int thread, size_t count, size_t most) {
     uint64_t epoch = atomic_load_explicit(&team->epoch, memory_order_relaxed);
-    return (struct Items){.team = team, .owner = thread, .left = team->threads, .count = count, .step = epoch << 32};
+    return (struct Items){.team = team, .owner = thread, .left = team->threads, .count = count, .most = most, .step = epoch << 32};
+}
+
+// Takes items, at least one; false when there are no more.
+static bool take_items(struct Items *items) {
+    for (; items->left; items->left--, items->owner = (items->owner + 1) % items->team->threads) {
+        atomic_uint_least64_t *next = &items->team->shares[items->owner].next;
+        uint_least64_t seen = atomic_load_explicit(next, memory_order_relaxed);
+        size_t first, end;
+        static_share(items->team, items->owner, items->count, &first, &end);
+        do {
+            items->next = seen >> 32 == items->step >> 32 ? (uint32_t)seen : first;
+            items->end = items->next + min_size(ceil_div(end - items->next, 2), items->most);
+        } while (items->next < end && !atomic_compare_exchange_weak_explicit(next, &seen, items->step | items->end, memory_order_relaxed,
+                                                                             memory_order_relaxed));
+        if (items->next < end) return true;
+    }
+    return false;
 }
 
 // The next item in *item; false when there are no more.
 static bool next_item(struct Items *items, size_t *item) {
-    for (; items->left; items->left--, items->owner = (items->owner + 1) % items->team->threads) {
-        atomic_uint_least64_t *next = &items->team->shares[items->owner].next;
-        size_t first, end;
-        static_share(items->team, items->owner, items->count, &first, &end);
-        uint_least64_t seen = atomic_load_explicit(next, memory_order_relaxed);
-        if (seen >> 32 != items->step >> 32)
-            atomic_compare_exchange_strong_explicit(next, &seen, items->step | first, memory_order_relaxed, memory_order_relaxed);
-        *item = (uint32_t)atomic_fetch_add_explicit(next, 1, memory_order_relaxed);
-        if (*item < end) return true;
-    }
-    return false;
+    if (items->next == items->end && !take_items(items)) return false;
+    *item = items->next++;
+    return true;
 }
 
 // The processors to run on, one a physical core, from the ones this process may use. Returns how many.
@@ -1777,13 +1790,14 @@ static void prefetch_to_add(const float *out, size_t stride, size_t n, size_t ro
 
 static size_t panel_count(const struct Matrix *m) { return ceil_div(m->rows, PANEL_ROWS); }
 static size_t panels_per_item(size_t n) { return n > EXACT_TOKENS ? GEMM_PANELS : 1; }
+static size_t items_at_a_time(size_t n) { return n > EXACT_TOKENS ? 1 : 64; }
 
 // Computes some products of n rows each. All threads call it.
 static void multiply(struct Session *s, int thread, const struct Product *products, size_t count, size_t n) {
     struct Worker *worker = &s->workers[thread];
     size_t total = 0, width = panels_per_item(n), item;
     for (size_t i = 0; i < count; i++) total += ceil_div(panel_count(products[i].matrix), width);
-    struct Items items = share_items(s->team, thread, total);
+    struct Items items = share_items(s->team, thread, total, items_at_a_time(n));
     while (next_item(&items, &item)) {
         const struct Product *product = products;
         size_t first = item;
@@ -2309,7 +2323,7 @@ static void attend_cache(struct Session *s, int thread, size_t layer) {
     struct Worker *w = &s->workers[thread];
     size_t heads = c->num_attention_heads, value_cols = cache_value_cols(c), item;
     struct Pieces all = cut_attention(s);
-    struct Items items = share_items(s->team, thread, all.cache_heads * all.head_pieces * all.token_pieces * all.span_pieces);
+    struct Items items = share_items(s->team, thread, all.cache_heads * all.head_pieces * all.token_pieces * all.span_pieces, 1);
     while (next_item(&items, &item)) {
         struct Piece piece = piece_at(s, &all, item);
         take_queries(s, w, l, &piece);
@@ -2428,7 +2442,7 @@ static void attend_expanded(struct Session *s, int thread, size_t layer) {
     size_t heads = c->num_attention_heads, nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, dim = nope + rope, head;
     uint32_t dtype = expanded_dtype(s->cache_dtype);
     size_t key_cols = key_columns(dtype, nope, rope), value_cols = padded(c->v_head_dim), end = s->position + s->n;
-    struct Items items = share_items(s->team, thread, heads);
+    struct Items items = share_items(s->team, thread, heads, 1);
     while (next_item(&items, &head)) {
         struct Matrix key = blob_matrix(&l->key, 0, head), up = blob_matrix(&l->value, 0, head);
         prepare_factors(s, w, &key, &up);
@@ -2620,7 +2634,7 @@ static void run_gate_up(struct Session *s, int thread) {
     bool many = s->n > EXACT_TOKENS;
     size_t total = 0, item;
     for (size_t j = 0; j < s->job_count; j++) total += count_gate_up_items(s, &s->jobs[j]);
-    struct Items items = share_items(s->team, thread, total);
+    struct Items items = share_items(s->team, thread, total, items_at_a_time(s->n));
     while (next_item(&items, &item)) {
         const struct FeedForwardJob *job = s->jobs;
         for (size_t here; item >= (here = count_gate_up_items(s, job)); item -= here) job++;
@@ -2661,7 +2675,7 @@ static void run_down(struct Session *s, int thread) {
     // Of few tokens, too, several panels where they are short, but some items for each thread.
     size_t width = min_size(DOWN_PANELS, ceil_div(DOWN_BYTES, s->jobs[0].down.panel_step));
     width = s->n > EXACT_TOKENS ? GEMM_PANELS : min_size(width, max_size(panels_in_all / (4 * (size_t)s->team->threads), 1));
-    struct Items items = share_items(s->team, thread, ceil_div(panels_in_all, width));
+    struct Items items = share_items(s->team, thread, ceil_div(panels_in_all, width), items_at_a_time(s->n));
     while (next_item(&items, &item)) {
         size_t panels = min_size(width, panels_in_all - item * width);
         prefetch_to_add(s->x + item * width * PANEL_ROWS, hidden, s->n, panels * PANEL_ROWS);

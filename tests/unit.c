@@ -521,10 +521,12 @@ static void test_items(void) {
     team.threads = 3;
     for (unsigned step = 1; step <= 2; step++)
         for (size_t count = 0; count < 20; count++)
-            for (int takers = 1; takers <= 2; takers++) {
+            for (unsigned way = 0; way < 4; way++) {
+                int takers = 1 + (int)way % 2;
+                size_t most = way < 2 ? 1 : 5;
                 size_t taken[20] = {0}, item, first, end, own = 0;
                 atomic_fetch_add(&team.epoch, 1);
-                struct Items items[2] = {share_items(&team, 1, count), share_items(&team, 2, count)};
+                struct Items items[2] = {share_items(&team, 1, count, most), share_items(&team, 2, count, most)};
                 static_share(&team, 1, count, &first, &end);
                 bool more[2] = {true, takers == 2};
                 for (size_t turn = 0; more[0] || more[1]; turn++) {
