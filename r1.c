@@ -1208,7 +1208,7 @@ INLINE uint64_t read_probe_body(const uint8_t *bytes, size_t count, size_t ahead
     WideVector a = {0}, b = {0}, c = {0}, d = {0};
     for (size_t i = 0; i < count; i += 256) {
         const WideVector *at = (const WideVector *)(const void *)(bytes + i);
-        for (size_t line = 0; line < 256 && ahead; line += 64) __builtin_prefetch((const void *)((uintptr_t)at + ahead + line), 0, 3);
+        for (size_t line = 0; line < 256 && ahead; line += 64) __builtin_prefetch((const void *)((uintptr_t)at + ahead + line), 0, 0);
         a ^= at[0], b ^= at[1], c ^= at[2], d ^= at[3];
     }
     a ^= b ^ c ^ d;
