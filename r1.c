@@ -1341,6 +1341,7 @@ struct FeedForwardJob {
     const float *weights;         // [n] how much of the result each takes
     struct Row *inputs;           // [n]
     struct Row *hidden;           // [n] silu(gate) * up, the inputs of down
+    float *results;               // [hidden/32][n][32] of few tokens: what down gave
 };
 
 // What a thread needs for itself.
@@ -1404,6 +1405,7 @@ struct Session {
     float *job_weights;
     struct Row *job_inputs;
     size_t *expert_visits;        // [experts + 1]
+    float *down_results;          // [16 * (experts per token + 1)][hidden] of few tokens: what each visit adds to the residual stream
 
     uint8_t *cache;
     uint32_t cache_dtype;         // enum Dtype
@@ -1533,6 +1535,7 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     s->job_weights = take(arena, batch * (visits + 1), 4);
     s->job_inputs = take(arena, batch * (visits + 1), sizeof *s->job_inputs);
     s->expert_visits = take(arena, (size_t)c->n_routed_experts + 1, sizeof *s->expert_visits);
+    s->down_results = take(arena, min_size(batch, EXACT_TOKENS) * (visits + 1) * ceil_div(hidden, PANEL_ROWS) * PANEL_ROWS, 4);
 
     s->workers = take(arena, (size_t)threads, sizeof *s->workers);
     for (int i = 0; i < threads; i++) {
@@ -2539,6 +2542,7 @@ static void place_job(struct Session *s, struct FeedForwardJob *job, size_t n, s
     job->weights = s->job_weights + *visit;
     job->inputs = s->job_inputs + *visit;
     job->hidden = s->hidden.rows + *visit;
+    if (s->n <= EXACT_TOKENS) job->results = s->down_results + *visit * ceil_div(s->model->config.hidden_size, PANEL_ROWS) * PANEL_ROWS;
     for (size_t i = 0; i < n; i++, *offset += row_stride(job->gate.rows)) place_row(&s->hidden, *visit + i, *offset);
     *visit += n;
 }
@@ -2588,13 +2592,6 @@ static void plan_jobs(struct Session *s, size_t layer) {
         }
         if (c->n_shared_experts) add_common_job(s, &l->shared, &visit, &offset);
     }
-}
-
-#define PANEL_PREFETCH 4096       // bytes
-
-// Asks for the beginning of a panel that is read soon: it takes the processor some kilobytes to see that a stream has begun.
-static void prefetch_panel(const struct Matrix *m, size_t panel) {
-    prefetch_part(m->data + panel * m->panel_step, min_size(PANEL_PREFETCH, m->panel_step), 0, 1, 1);
 }
 
 // An item of run_gate_up(): some rows of a job's result for some of its tokens. Of many tokens it has 256 rows, the k-block of
@@ -2664,35 +2661,47 @@ static void quantize_hidden(struct Session *s, int thread) {
     }
 }
 
-#define DOWN_PANELS 8             // most panels of an item for few tokens
-#define DOWN_BYTES 131072         // which need not take more than this: tens of kilobytes are read at full speed
+// x += weight * results, [panels][n][32], what some panels of a job's down gave.
+static void add_results(struct Session *s, const struct FeedForwardJob *job, size_t first_panel, size_t panels, const float *results) {
+    size_t hidden = s->model->config.hidden_size;
+    for (size_t p = first_panel; p < first_panel + panels; p++) {
+        size_t rows = min_size(PANEL_ROWS, hidden - p * PANEL_ROWS);
+        for (size_t i = 0; i < job->n; i++, results += PANEL_ROWS) {
+            float *x = s->x + job->tokens[i] * hidden + p * PANEL_ROWS;
+            for (size_t r = 0; r < rows; r++) x[r] += job->weights[i] * results[r];
+        }
+    }
+}
 
 // x += sum over the jobs of weight * (down * hidden). An item is some rows of the result and goes through the jobs in
 // order, so that every sum has one order of additions. All threads call it.
 static void run_down(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
-    size_t hidden = s->model->config.hidden_size, panels_in_all = ceil_div(hidden, PANEL_ROWS), item;
-    // Of few tokens, too, several panels where they are short, but some items for each thread.
-    size_t width = min_size(DOWN_PANELS, ceil_div(DOWN_BYTES, s->jobs[0].down.panel_step));
-    width = s->n > EXACT_TOKENS ? GEMM_PANELS : min_size(width, max_size(panels_in_all / (4 * (size_t)s->team->threads), 1));
-    struct Items items = share_items(s->team, thread, ceil_div(panels_in_all, width), items_at_a_time(s->n));
+    size_t hidden = s->model->config.hidden_size, all = ceil_div(hidden, PANEL_ROWS), width = panels_per_item(s->n), item;
+    struct Items items = share_items(s->team, thread, ceil_div(all, width), items_at_a_time(s->n));
     while (next_item(&items, &item)) {
-        size_t panels = min_size(width, panels_in_all - item * width);
-        prefetch_to_add(s->x + item * width * PANEL_ROWS, hidden, s->n, panels * PANEL_ROWS);
-        for (size_t j = 0; j < s->job_count; j++) {
-            const struct FeedForwardJob *job = &s->jobs[j];
-            if (s->n <= EXACT_TOKENS && j + 1 < s->job_count) prefetch_panel(&job[1].down, item * width);
-            multiply_tile(s, w, &job->down, item * width, panels, job->hidden, job->n, w->gate_tile);
-            const float *results = w->gate_tile;         // [panels][n][32]
-            for (size_t p = 0; p < panels; p++) {
-                size_t first_row = (item * width + p) * PANEL_ROWS, rows = min_size(PANEL_ROWS, hidden - first_row);
-                for (size_t i = 0; i < job->n; i++, results += PANEL_ROWS) {
-                    float *x = s->x + job->tokens[i] * hidden + first_row;
-                    for (size_t r = 0; r < rows; r++) x[r] += job->weights[i] * results[r];
-                }
-            }
+        size_t first = item * width, panels = min_size(width, all - first);
+        prefetch_to_add(s->x + first * PANEL_ROWS, hidden, s->n, panels * PANEL_ROWS);
+        for (const struct FeedForwardJob *job = s->jobs; job < s->jobs + s->job_count; job++) {
+            multiply_tile(s, w, &job->down, first, panels, job->hidden, job->n, w->gate_tile);
+            add_results(s, job, first, panels, w->gate_tile);
         }
     }
+}
+
+// The same of a few tokens' experts. A job's few rows would be over before memory reads them at full speed, so the threads read one
+// whole matrix after the other, and then add what they gave up, in the same order.
+static void run_down_of_experts(struct Session *s, int thread) {
+    size_t all = ceil_div(s->model->config.hidden_size, PANEL_ROWS), item, panel, end;
+    struct Items items = share_items(s->team, thread, all * s->job_count, items_at_a_time(s->n));
+    while (next_item(&items, &item)) {
+        const struct FeedForwardJob *job = &s->jobs[item / all];
+        multiply_tile(s, &s->workers[thread], &job->down, item % all, 1, job->hidden, job->n, job->results + item % all * job->n * PANEL_ROWS);
+    }
+    team_barrier(s->team);
+    for (static_share(s->team, thread, all, &panel, &end); panel < end; panel++)
+        for (const struct FeedForwardJob *job = s->jobs; job < s->jobs + s->job_count; job++)
+            add_results(s, job, panel, 1, job->results + panel * job->n * PANEL_ROWS);
 }
 
 // ====================================================================================================================
@@ -2755,7 +2764,8 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
         quantize_hidden(s, thread);
         team_barrier(s->team);
     }
-    run_down(s, thread);
+    if (l->routed && s->n <= EXACT_TOKENS) run_down_of_experts(s, thread);
+    else run_down(s, thread);
     team_barrier(s->team);
 }
 
