@@ -2747,6 +2747,8 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
 static void run_feed_forward(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
+    if (!l->routed && thread == 0) plan_jobs(s, layer);
+    norm_tokens(s, thread, l->post_attention_norm);
     if (l->routed) {
         multiply(s, thread, &(struct Product){&l->router, s->input.rows, s->router_logits, c->n_routed_experts, NULL, false}, 1, s->n);
         team_barrier(s->team);
@@ -2755,9 +2757,9 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
             select_experts(c, l->router_bias, s->router_logits + t * c->n_routed_experts, s->expert_ids + at, s->expert_weights + at);
         }
         team_barrier(s->team);
+        if (thread == 0) plan_jobs(s, layer);
+        team_barrier(s->team);
     }
-    if (thread == 0) plan_jobs(s, layer);
-    team_barrier(s->team);
     run_gate_up(s, thread);
     team_barrier(s->team);
     if (s->n <= EXACT_TOKENS) {
@@ -2782,7 +2784,6 @@ static void run_forward(void *argument, int thread) {
     for (size_t layer = 0; layer < model->config.num_hidden_layers; layer++) {
         norm_tokens(s, thread, model->layers[layer].input_norm);
         run_attention(s, thread, layer);
-        norm_tokens(s, thread, model->layers[layer].post_attention_norm);
         run_feed_forward(s, thread, layer);
     }
     if (s->wanted == LOGITS_NONE) return;

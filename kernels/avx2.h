@@ -23,8 +23,8 @@
 // How the weights to come are asked for: the processor's own prefetcher stops at the end of each 4 KB page. Zen 4 wants them a
 // little ahead and in the second cache: a request for the first takes one of the few places that wait for memory away from the
 // loads themselves, a quarter of the read bandwidth. Zen 5 wants them in the first, from far ahead: 4 KB and the second cache
-// give 37.7 of 43 GB/s with q4, this 41. They pass the second by there, where inputs, cache and code stay. A Xeon of 2023 is
-// content with any distance from 512 bytes to 4 KB.
+// give 37.7 of 43 GB/s with q4, 6 KB and the first 41. They pass the second by there, where inputs, cache and code stay. A Xeon
+// of 2023 is content with any distance from 512 bytes to 4 KB.
 static struct {
     size_t bytes;                 // how far ahead
     bool first_only;              // into the first cache alone ("non-temporal"), not into the second
