@@ -1793,6 +1793,7 @@ static void prefetch_to_add(const float *out, size_t stride, size_t n, size_t ro
 
 static size_t panel_count(const struct Matrix *m) { return ceil_div(m->rows, PANEL_ROWS); }
 static size_t panels_per_item(size_t n) { return n > EXACT_TOKENS ? GEMM_PANELS : 1; }
+// Of few tokens an item is a microsecond long, and no thread should have many more when its processor is taken away for a while.
 static size_t items_at_a_time(size_t n) { return n > EXACT_TOKENS ? 1 : 64; }
 
 // Computes some products of n rows each. All threads call it.
@@ -2696,7 +2697,8 @@ static void run_down_of_experts(struct Session *s, int thread) {
     struct Items items = share_items(s->team, thread, all * s->job_count, items_at_a_time(s->n));
     while (next_item(&items, &item)) {
         const struct FeedForwardJob *job = &s->jobs[item / all];
-        multiply_tile(s, &s->workers[thread], &job->down, item % all, 1, job->hidden, job->n, job->results + item % all * job->n * PANEL_ROWS);
+        panel = item % all;
+        multiply_tile(s, &s->workers[thread], &job->down, panel, 1, job->hidden, job->n, job->results + panel * job->n * PANEL_ROWS);
     }
     team_barrier(s->team);
     for (static_share(s->team, thread, all, &panel, &end); panel < end; panel++)
@@ -2747,8 +2749,6 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
 static void run_feed_forward(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
-    if (!l->routed && thread == 0) plan_jobs(s, layer);
-    norm_tokens(s, thread, l->post_attention_norm);
     if (l->routed) {
         multiply(s, thread, &(struct Product){&l->router, s->input.rows, s->router_logits, c->n_routed_experts, NULL, false}, 1, s->n);
         team_barrier(s->team);
@@ -2757,9 +2757,9 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
             select_experts(c, l->router_bias, s->router_logits + t * c->n_routed_experts, s->expert_ids + at, s->expert_weights + at);
         }
         team_barrier(s->team);
-        if (thread == 0) plan_jobs(s, layer);
-        team_barrier(s->team);
     }
+    if (thread == 0) plan_jobs(s, layer);
+    team_barrier(s->team);
     run_gate_up(s, thread);
     team_barrier(s->team);
     if (s->n <= EXACT_TOKENS) {
@@ -2784,6 +2784,7 @@ static void run_forward(void *argument, int thread) {
     for (size_t layer = 0; layer < model->config.num_hidden_layers; layer++) {
         norm_tokens(s, thread, model->layers[layer].input_norm);
         run_attention(s, thread, layer);
+        norm_tokens(s, thread, model->layers[layer].post_attention_norm);
         run_feed_forward(s, thread, layer);
     }
     if (s->wanted == LOGITS_NONE) return;

@@ -143,7 +143,8 @@ AVX512_INLINE void product_q4_avx512_tile(const uint8_t *panel, size_t cols, con
         }
         panel = w + value_bytes(DTYPE_Q4, length);
     }
-    for (size_t i = 0; i < 384; i += 128) prefetch_weights(panel + i);     // until the next panel's are: memory must not fall idle
+    // Until the next panel is multiplied nothing is asked for, and memory must not fall idle: some of that panel's requests now.
+    for (size_t i = 0; i < 384; i += 128) prefetch_weights(panel + i);
     __m512 scale0 = _mm512_loadu_ps(row_scales), scale1 = _mm512_loadu_ps(row_scales + 16);
     for (size_t t = 0; t < n; t++) {
         float *o = out + t * PANEL_ROWS;

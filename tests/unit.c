@@ -523,7 +523,7 @@ static void test_items(void) {
         for (size_t count = 0; count < 20; count++)
             for (unsigned way = 0; way < 4; way++) {
                 int takers = 1 + (int)way % 2;
-                size_t most = way < 2 ? 1 : 5;
+                size_t most = way < 2 ? 1 : 3;
                 size_t taken[20] = {0}, item, first, end, own = 0;
                 atomic_fetch_add(&team.epoch, 1);
                 struct Items items[2] = {share_items(&team, 1, count, most), share_items(&team, 2, count, most)};
@@ -532,6 +532,8 @@ static void test_items(void) {
                 for (size_t turn = 0; more[0] || more[1]; turn++) {
                     if (!more[turn % 2] || !(more[turn % 2] = next_item(&items[turn % 2], &item))) continue;
                     EXPECT(item < count, "item %zu of %zu", item, count);
+                    size_t kept = items[turn % 2].end - items[turn % 2].next;
+                    EXPECT(kept < most && kept <= count / 3 / 2, "of %zu items a thread took %zu at a time, of %zu allowed", count, kept + 1, most);
                     if (item < count) taken[item]++;
                     if (turn % 2 == 0 && own < end - first) {
                         EXPECT(item == first + own, "of %zu items thread 1 took %zu as its number %zu", count, item, own);
@@ -540,7 +542,7 @@ static void test_items(void) {
                 }
                 for (size_t i = 0; i < count; i++) EXPECT(taken[i] == 1, "item %zu of %zu was taken %zu times", i, count, taken[i]);
             }
-    report("every item of a step is taken once, a thread's own share first");
+    report("every item of a step is taken once, a thread's own share first, and not too many at a time");
 }
 
 int main(int argc, char **argv) {
