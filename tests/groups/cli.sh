@@ -184,9 +184,10 @@ rejects "--seconds with a model" 2 'table' "$r1" bench demo --seconds 9
 # ---- a person at a terminal
 
 if command -v script >/dev/null; then
-    # A line, one Ctrl-D; then silence, as from somebody who waits for the answer.
-    { sleep 0.3; printf 'What is 2+2?\n'; sleep 0.3; printf '\004'; sleep 4; } 2>/dev/null |
-        timeout 4 script -qec "$r1 run demo -q --temperature 0" /dev/null >"$scratch/terminal" 2>/dev/null
+    # A line, one Ctrl-D; then silence, as from somebody who waits for the answer, for as long as r1 runs.
+    rm -f "$scratch/ended"
+    { sleep 0.3; printf 'What is 2+2?\n'; sleep 0.3; printf '\004'; until [ -e "$scratch/ended" ]; do sleep 0.1; done; } 2>/dev/null |
+        { timeout 60 script -qec "$r1 run demo -q --temperature 0" /dev/null >"$scratch/terminal" 2>/dev/null; touch "$scratch/ended"; }
     if grep -q '2 + 2 = 4' "$scratch/terminal"; then ok "one Ctrl-D sends a question typed at a terminal"
     else fail "one Ctrl-D sends a question typed at a terminal" "no answer: $(brief "$scratch/terminal")"; fi
 else
