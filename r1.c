@@ -1310,9 +1310,9 @@ static const char *const cache_names[] = {"f32", "f16", "q8"};
 #define HIDDEN_TOKENS 256         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
 #define MAX_KEY_COLS 5120         // of a cache: 4096 + 1024 of MLA (format.h's limits)
 #define CACHE_BLOCK 256           // positions of a block of the cache, which attention takes at a time
-#define CACHE_SPAN 4096           // positions that one thread goes through for few tokens; a multiple of CACHE_BLOCK
+#define CACHE_SPAN 1024           // positions that one thread goes through for few tokens; a multiple of CACHE_BLOCK
 #define ATTENTION_QUERIES 256     // most queries (tokens times heads) of one piece of attention work
-#define FEW_QUERIES 32            // of a piece: fewer need a part of the cache faster than it comes
+#define FEW_QUERIES 8             // of a piece: fewer need a part of the cache faster than it comes
 #define MAX_BATCH 16384
 
 struct SessionOptions {
@@ -1394,6 +1394,7 @@ struct Session {
     struct Activations attended;  // [batch][heads * value dim]
     struct Activations hidden;    // [batch * visits][intermediate]
     float *q;                     // [batch][heads * query dim]
+    struct Activations queries;   // [heads][16] of few tokens, as they meet the cache
     float *k, *v;                 // [batch][kv_heads * head_dim] GQA
     float *q_latent;              // [batch][q_lora_rank] MLA
     float *kv_latent;             // [batch][kv_lora_rank + rope] MLA
@@ -1525,6 +1526,7 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     take_activations(arena, &s->attended, batch, batch * row_stride(attended));
     take_activations(arena, &s->hidden, batch * (visits + 1), batch * hidden_columns);
     s->q = take(arena, batch * heads * query_dim(c), 4);
+    take_activations(arena, &s->queries, heads * EXACT_TOKENS, heads * EXACT_TOKENS * row_stride(cache_key_cols(c, DTYPE_Q8)));
     s->k = take(arena, is_mla(c) ? 0 : batch * c->num_key_value_heads * c->head_dim, 4);
     s->v = take(arena, is_mla(c) ? 0 : batch * c->num_key_value_heads * c->head_dim, 4);
     s->q_latent = take(arena, batch * c->q_lora_rank, 4);
@@ -2031,7 +2033,7 @@ static void store_value(const struct Session *s, uint8_t *block, size_t position
 // are those of panels: of keys times the queries, and of values times the softmax of 256 scores. With a q8 cache both are
 // int8 products: queries are quantised, and so is the softmax, with the scales of the values multiplied in.
 //
-// Few tokens look at a long text in spans of 4096 positions, which different threads can take; what the spans give is then
+// Few tokens look at a long text in spans of 1024 positions, which different threads can take; what the spans give is then
 // put together in order. A span, a block and a query's result depend on positions alone, not on the number of threads or
 // of tokens.
 //
@@ -2125,18 +2127,17 @@ static void attend_block(const struct Session *s, struct Worker *w, const struct
                        w->shares.rows, n, true, queries->mixed + c, queries->value_cols);
 }
 
-// Where the values of query i of a piece are to be written before quantize_query().
-static float *place_query(struct Worker *w, size_t i, size_t key_cols) {
-    place_row(&w->queries, i, i * row_stride(key_cols));
-    return row_values(&w->queries, i);
+// Where the values of query i are to be written before quantize_query().
+static float *place_query(struct Activations *queries, size_t i, size_t key_cols) {
+    place_row(queries, i, i * row_stride(key_cols));
+    return row_values(queries, i);
 }
 
 // Query i as a q8 cache needs it, `cols` and `rest` values.
-static void quantize_query(const struct Session *s, struct Worker *w, size_t i, size_t cols, size_t rest) {
+static void quantize_query(const struct Session *s, const struct Activations *a, size_t i, size_t cols, size_t rest) {
     if (s->cache_dtype != DTYPE_Q8) return;
     float rotated[MAX_KEY_COLS];
     size_t key_cols = key_columns(DTYPE_Q8, cols, rest), at = i * row_stride(key_cols);
-    const struct Activations *a = &w->queries;
     rotate_key(s, a->rows[i].values, cols, rest, rotated);
     for (size_t first = 0; first < key_cols; first += K_BLOCK, at += K_BLOCK)
         s->kernels->quantize_block(rotated + first, min_size(K_BLOCK, key_cols - first), a->quants + at, a->scales + at / K_BLOCK,
@@ -2197,59 +2198,42 @@ static void multiply_factor(const struct Session *s, const struct Matrix *factor
     }
 }
 
-// Normalises and rotates the queries and multiplies them by the softmax scale. An item is a token's head.
-static void prepare_queries(struct Session *s, int thread, size_t layer) {
-    const struct ModelConfig *c = &s->model->config;
-    const float *norm = s->model->layers[layer].q_norm;
-    size_t heads = c->num_attention_heads, dim = query_dim(c), item, end;
-    for (static_share(s->team, thread, s->n * heads, &item, &end); item < end; item++) {
-        float *q = s->q + item * dim;
-        if (norm) rms_norm(s, q, norm, dim, c->rms_norm_eps, q);
-        rotate(s, item / heads, q + dim - rope_dim(c));
-        for (size_t d = 0; d < dim; d++) q[d] *= s->softmax_scale;
-    }
-}
-
-// A piece of attention: some tokens, some of the heads that share a cache head, and some spans of the cache.
+// A piece of attention: some tokens, some of the heads that share a cache head, and a span of the cache.
 struct Piece {
-    size_t cache_head, first_head, heads, first_token, tokens;
-    size_t first_span, end_span;
+    size_t cache_head, first_head, heads, first_token, tokens, span;
 };
 
 // How a step is cut into pieces: as large as the buffers allow, so that a part of the cache is read once for many queries,
-// but enough pieces for all threads.
+// but enough pieces for all threads, and as many for each of them.
 struct Pieces {
     size_t cache_heads, group;    // heads that share one
     size_t heads, tokens;         // of a piece at most
     size_t spans;                 // of the cache; 1 for many tokens
-    size_t head_pieces, token_pieces, span_pieces;   // a piece has all spans or one
+    size_t head_pieces, token_pieces;
 };
 
 static struct Pieces cut_attention(const struct Session *s) {
     const struct ModelConfig *c = &s->model->config;
     bool many = s->n > EXACT_TOKENS;
-    struct Pieces all = {.cache_heads = cache_heads(c), .spans = many ? 1 : ceil_div(s->position + s->n, CACHE_SPAN), .span_pieces = 1};
+    struct Pieces all = {.cache_heads = cache_heads(c), .spans = many ? 1 : ceil_div(s->position + s->n, CACHE_SPAN)};
     all.group = c->num_attention_heads / all.cache_heads;
     all.heads = min_size(all.group, ATTENTION_QUERIES);
     all.tokens = min_size(s->n, ATTENTION_QUERIES / all.heads);
-    size_t threads = (size_t)s->team->threads;
+    size_t threads = (size_t)s->team->threads, many_pieces = (many ? 16 : 4) * threads;
     for (;;) {
         all.head_pieces = ceil_div(all.group, all.heads);
         all.token_pieces = ceil_div(s->n, all.tokens);
-        size_t pieces = all.cache_heads * all.head_pieces * all.token_pieces * all.span_pieces, queries = all.heads * all.tokens;
-        // More pieces than threads even out their work, but each reads the cache anew.
-        size_t wanted = many ? 16 * threads : queries > FEW_QUERIES ? 4 * threads : threads;
-        if (pieces >= wanted || queries == 1) return all;
-        if (queries <= FEW_QUERIES && all.span_pieces < all.spans) all.span_pieces = all.spans;
-        else if (all.tokens > 1) all.tokens = ceil_div(all.tokens, 2);
+        size_t pieces = all.cache_heads * all.head_pieces * all.token_pieces * all.spans, queries = all.heads * all.tokens;
+        bool even = pieces >= many_pieces || (!many && (pieces % threads == 0 || queries <= FEW_QUERIES));
+        if ((pieces >= threads && even) || queries == 1) return all;
+        if (all.tokens > 1) all.tokens = ceil_div(all.tokens, 2);
         else all.heads = ceil_div(all.heads, 2);
     }
 }
 
 static struct Piece piece_at(const struct Session *s, const struct Pieces *all, size_t item) {
-    struct Piece p = {.first_span = item % all->span_pieces};
-    p.end_span = all->span_pieces > 1 ? p.first_span + 1 : all->spans;
-    item /= all->span_pieces;
+    struct Piece p = {.span = item % all->spans};
+    item /= all->spans;
     p.first_token = item % all->token_pieces * all->tokens;
     item /= all->token_pieces;
     p.cache_head = item / all->head_pieces;
@@ -2260,20 +2244,38 @@ static struct Piece piece_at(const struct Session *s, const struct Pieces *all, 
     return p;
 }
 
-// The queries of a piece, from s->q to w->queries: query i is of token first_token + i / heads, head first_head + i % heads.
-static void take_queries(const struct Session *s, struct Worker *w, const struct Layer *l, const struct Piece *piece) {
+// A piece's queries, from s->q to rows `row` and up of out: the i-th is of token first_token + i / heads, head first_head + i % heads.
+static void take_queries(const struct Session *s, const struct Layer *l, const struct Piece *piece, struct Activations *out, size_t row) {
     const struct ModelConfig *c = &s->model->config;
     size_t heads = c->num_attention_heads, dim = query_dim(c), key_cols = cache_key_cols(c, s->cache_dtype), stride = row_stride(key_cols);
     size_t lora = is_mla(c) ? c->kv_lora_rank : 0, kept = rope_dim(c);      // of MLA the rotated part goes behind what is absorbed
     for (size_t h = 0; h < piece->heads; h++) {
         const float *q = s->q + (piece->first_token * heads + piece->first_head + h) * dim;
         for (size_t t = 0; t < piece->tokens; t++)
-            memcpy(place_query(w, t * piece->heads + h, key_cols) + lora, q + t * heads * dim + dim - kept, kept * sizeof *q);
+            memcpy(place_query(out, row + t * piece->heads + h, key_cols) + lora, q + t * heads * dim + dim - kept, kept * sizeof *q);
         if (!is_mla(c)) continue;
         struct Matrix absorb = blob_matrix(&l->key_transposed, 0, piece->first_head + h);
-        multiply_factor(s, &absorb, q, heads * dim, piece->tokens, w->queries.values + h * stride, piece->heads * stride);
+        multiply_factor(s, &absorb, q, heads * dim, piece->tokens, row_values(out, row + h), piece->heads * stride);
     }
-    for (size_t i = 0; i < piece->tokens * piece->heads; i++) quantize_query(s, w, i, lora ? lora : dim, lora ? kept : 0);
+    for (size_t i = 0; i < piece->tokens * piece->heads; i++) quantize_query(s, out, row + i, lora ? lora : dim, lora ? kept : 0);
+}
+
+// Normalises and rotates the queries and multiplies them by the softmax scale. An item is a token's head; or a head of few tokens,
+// whose queries are taken here, since several pieces of attention need them.
+static void prepare_queries(struct Session *s, int thread, size_t layer) {
+    const struct ModelConfig *c = &s->model->config;
+    const struct Layer *l = &s->model->layers[layer];
+    size_t heads = c->num_attention_heads, dim = query_dim(c), tokens = s->n > EXACT_TOKENS ? 1 : s->n, item, end;
+    for (static_share(s->team, thread, s->n / tokens * heads, &item, &end); item < end; item++) {
+        size_t first = item / heads * tokens, head = item % heads;
+        for (size_t t = first; t < first + tokens; t++) {
+            float *q = s->q + (t * heads + head) * dim;
+            if (l->q_norm) rms_norm(s, q, l->q_norm, dim, c->rms_norm_eps, q);
+            rotate(s, t, q + dim - rope_dim(c));
+            for (size_t d = 0; d < dim; d++) q[d] *= s->softmax_scale;
+        }
+        if (s->n <= EXACT_TOKENS) take_queries(s, l, &(struct Piece){.first_head = head, .heads = 1, .tokens = s->n}, &s->queries, head * s->n);
+    }
 }
 
 // What a head's queries of `tokens` tokens have mixed, `stride` floats from token to token, to s->attended.
@@ -2305,13 +2307,13 @@ static void join_spans(const struct Session *s, size_t head_of_token, size_t spa
     for (size_t c = 0; c < cols; c++) out[c] *= 1.0f / sum;
 }
 
-// Attention of a piece's queries, in w->queries, over a span of the cache: maxima, sums and what they mix in w.
-static struct Queries attend_span(const struct Session *s, struct Worker *w, size_t layer, const struct Piece *piece, size_t spans, size_t span) {
+// Attention of a piece's queries, in w->queries, over its span, one of `spans`: maxima, sums and what they mix in w.
+static struct Queries attend_span(const struct Session *s, struct Worker *w, size_t layer, const struct Piece *piece, size_t spans) {
     const struct ModelConfig *c = &s->model->config;
     struct Queries queries = {.count = piece->tokens * piece->heads, .heads = piece->heads, .first_token = piece->first_token,
                               .rows = w->queries.rows, .key_cols = cache_key_cols(c, s->cache_dtype), .value_cols = cache_value_cols(c),
                               .mixed = w->mixed, .maxima = w->maxima, .sums = w->sums};
-    size_t first = span * CACHE_SPAN, end = s->position + piece->first_token + piece->tokens;
+    size_t first = piece->span * CACHE_SPAN, end = s->position + piece->first_token + piece->tokens;
     if (spans > 1) end = min_size(end, first + CACHE_SPAN);
     start_softmax(&queries);
     for (; first < end; first += CACHE_BLOCK)
@@ -2327,21 +2329,22 @@ static void attend_cache(struct Session *s, int thread, size_t layer) {
     struct Worker *w = &s->workers[thread];
     size_t heads = c->num_attention_heads, value_cols = cache_value_cols(c), item;
     struct Pieces all = cut_attention(s);
-    struct Items items = share_items(s->team, thread, all.cache_heads * all.head_pieces * all.token_pieces * all.span_pieces, 1);
+    struct Items items = share_items(s->team, thread, all.cache_heads * all.head_pieces * all.token_pieces * all.spans, 1);
     while (next_item(&items, &item)) {
         struct Piece piece = piece_at(s, &all, item);
-        take_queries(s, w, l, &piece);
-        for (size_t span = piece.first_span; span < piece.end_span; span++) {
-            struct Queries queries = attend_span(s, w, layer, &piece, all.spans, span);
-            if (all.spans == 1) end_softmax(&queries);
-            for (size_t i = 0; i < queries.count && all.spans > 1; i++) {
-                size_t at = (span * EXACT_TOKENS + piece.first_token + i / piece.heads) * heads + piece.first_head + i % piece.heads;
-                memcpy(s->span_mixed + at * value_cols, w->mixed + i * value_cols, value_cols * sizeof *w->mixed);
-                s->span_maxima[at] = w->maxima[i];
-                s->span_sums[at] = w->sums[i];
-            }
+        if (s->n > EXACT_TOKENS) take_queries(s, l, &piece, &w->queries, 0);
+        else for (size_t i = 0; i < piece.tokens * piece.heads; i++)
+            w->queries.rows[i] = s->queries.rows[(piece.first_head + i % piece.heads) * s->n + piece.first_token + i / piece.heads];
+        struct Queries queries = attend_span(s, w, layer, &piece, all.spans);
+        for (size_t i = 0; i < queries.count && all.spans > 1; i++) {
+            size_t at = (piece.span * EXACT_TOKENS + piece.first_token + i / piece.heads) * heads + piece.first_head + i % piece.heads;
+            memcpy(s->span_mixed + at * value_cols, w->mixed + i * value_cols, value_cols * sizeof *w->mixed);
+            s->span_maxima[at] = w->maxima[i];
+            s->span_sums[at] = w->sums[i];
         }
-        for (size_t h = 0; h < piece.heads && all.spans == 1; h++)
+        if (all.spans > 1) continue;
+        end_softmax(&queries);
+        for (size_t h = 0; h < piece.heads; h++)
             store_attended(s, l, piece.first_head + h, piece.first_token, piece.tokens, w->mixed + h * value_cols, piece.heads * value_cols);
     }
     if (all.spans == 1) return;
@@ -2451,8 +2454,8 @@ static void attend_expanded(struct Session *s, int thread, size_t layer) {
         struct Matrix key = blob_matrix(&l->key, 0, head), up = blob_matrix(&l->value, 0, head);
         prepare_factors(s, w, &key, &up);
         for (size_t t = 0; t < s->n; t++) {
-            memcpy(place_query(w, t, key_cols), s->q + (t * heads + head) * dim, dim * sizeof *s->q);
-            quantize_query(s, w, t, nope, rope);
+            memcpy(place_query(&w->queries, t, key_cols), s->q + (t * heads + head) * dim, dim * sizeof *s->q);
+            quantize_query(s, &w->queries, t, nope, rope);
         }
         struct Queries all = {.count = s->n, .heads = 1, .rows = w->queries.rows, .key_cols = key_cols, .value_cols = value_cols,
                               .mixed = w->mixed, .maxima = w->maxima, .sums = w->sums};

@@ -39,28 +39,28 @@ for name in r1_fp8 qwen2_bf16 llama_bf16; do
     done
 done
 
-# Behind 4096 positions few tokens look at the cache in more than one span; 13 tokens at a time cross its end. A prefill goes
+# Behind 1024 positions few tokens look at the cache in more than one span; 13 tokens at a time cross its end. A prefill goes
 # through the cache in one piece and must agree with that.
 [ -n "$quick" ] || for name in qwen2_bf16 moonlight_bf16; do
     tr -s ' \n' '\n\n' <"$(prompt $name)" | grep . | head -n 50 >"$scratch/fifty"
-    for _ in $(seq 83); do cat "$scratch/fifty"; done | head -n 4109 >"$scratch/long"
+    for _ in $(seq 42); do cat "$scratch/fifty"; done | head -n 2061 >"$scratch/long"
     file=$(model $name f32)
     for kv in f32 f16 q8; do
         what="$name, $kv cache, more than one span of it"
         long() { # OPTION...
-            timeout 120 "$r1" logits "$file" --ids "$scratch/long" --kv $kv --logits 4090,4095,4096,4100,4108 "$@" 2>"$scratch/error" ||
+            timeout 120 "$r1" logits "$file" --ids "$scratch/long" --kv $kv --logits 2042,2047,2048,2052,2060 "$@" 2>"$scratch/error" ||
                 echo "status $?: $(brief "$scratch/error")"
         }
         long -t 1 --batch 1 >"$scratch/spans.1"
         why=
-        grep -q '^logits 4108 ' "$scratch/spans.1" || why="no logits: $(head -c 300 "$scratch/spans.1")"
+        grep -q '^logits 2060 ' "$scratch/spans.1" || why="no logits: $(head -c 300 "$scratch/spans.1")"
         for options in "-t 3 --batch 1" "-t 1 --batch 13" "-t 2 --batch 16"; do
             # shellcheck disable=SC2086
             long $options >"$scratch/spans.2"
             cmp -s "$scratch/spans.1" "$scratch/spans.2" || why="$why $options differs from -t 1 --batch 1;"
         done
         if [ $kv = f32 ]; then
-            long --batch 4109 >"$scratch/spans.2"
+            long --batch 2061 >"$scratch/spans.2"
             result=$("$build/tests/compare_golden" "$scratch/spans.2" "$scratch/spans.1") || why="$why against one prefill: $result"
         fi
         if [ -z "$why" ]; then ok "$what"; else fail "$what" "$why"; fi
