@@ -2274,7 +2274,7 @@ static void prepare_queries(struct Session *s, int thread, size_t layer) {
             rotate(s, t, q + dim - rope_dim(c));
             for (size_t d = 0; d < dim; d++) q[d] *= s->softmax_scale;
         }
-        if (s->n <= EXACT_TOKENS) take_queries(s, l, &(struct Piece){.first_head = head, .heads = 1, .tokens = s->n}, &s->queries, head * s->n);
+        if (s->n <= EXACT_TOKENS) take_queries(s, l, &(struct Piece){.first_head = head, .heads = 1, .tokens = s->n}, &s->queries, head * EXACT_TOKENS);
     }
 }
 
@@ -2334,7 +2334,7 @@ static void attend_cache(struct Session *s, int thread, size_t layer) {
         struct Piece piece = piece_at(s, &all, item);
         if (s->n > EXACT_TOKENS) take_queries(s, l, &piece, &w->queries, 0);
         else for (size_t i = 0; i < piece.tokens * piece.heads; i++)
-            w->queries.rows[i] = s->queries.rows[(piece.first_head + i % piece.heads) * s->n + piece.first_token + i / piece.heads];
+            w->queries.rows[i] = s->queries.rows[(piece.first_head + i % piece.heads) * EXACT_TOKENS + piece.first_token + i / piece.heads];
         struct Queries queries = attend_span(s, w, layer, &piece, all.spans);
         for (size_t i = 0; i < queries.count && all.spans > 1; i++) {
             size_t at = (piece.span * EXACT_TOKENS + piece.first_token + i / piece.heads) * heads + piece.first_head + i % piece.heads;
