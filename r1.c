@@ -1413,8 +1413,8 @@ struct Session {
     size_t key_block_bytes, value_block_bytes;   // of 256 positions of a head
     size_t cache_values, cache_layer_bytes;  // where a layer's values begin, and its end
 
-    float *span_mixed;            // [spans][16][heads][value dim, or kv_lora_rank] what each span of the cache gave
-    float *span_maxima, *span_sums;          // [spans][16][heads]
+    float *span_mixed;            // [16][spans][heads][value dim, or kv_lora_rank] of few tokens: what each span of the cache gave
+    float *span_maxima, *span_sums;          // [16][spans][heads]
 
     struct Worker *workers;       // [threads]
     void *arena;
@@ -2292,13 +2292,13 @@ static void store_attended(const struct Session *s, const struct Layer *l, size_
     }
 }
 
-// What the spans gave for a token's head, put together in order: out [value columns].
-static void join_spans(const struct Session *s, size_t head_of_token, size_t spans, float *out) {
-    size_t cols = cache_value_cols(&s->model->config), step = EXACT_TOKENS * s->model->config.num_attention_heads;
+// What the spans gave for a head of token t, put together in order: out [value columns].
+static void join_spans(const struct Session *s, size_t t, size_t head, size_t spans, float *out) {
+    size_t cols = cache_value_cols(&s->model->config), heads = s->model->config.num_attention_heads, first = t * spans * heads + head;
     float maximum = -INFINITY, sum = 0;
-    for (size_t span = 0; span < spans; span++) maximum = fmaxf(maximum, s->span_maxima[span * step + head_of_token]);
+    for (size_t span = 0; span < spans; span++) maximum = fmaxf(maximum, s->span_maxima[first + span * heads]);
     memset(out, 0, cols * sizeof *out);
-    for (size_t span = 0, at = head_of_token; span < spans; span++, at += step) {
+    for (size_t span = 0, at = first; span < spans; span++, at += heads) {
         if (s->span_sums[at] == 0) continue;                 // the token is before this span
         float weight = exp_float(s->span_maxima[at] - maximum);
         sum += weight * s->span_sums[at];
@@ -2337,7 +2337,7 @@ static void attend_cache(struct Session *s, int thread, size_t layer) {
             w->queries.rows[i] = s->queries.rows[(piece.first_head + i % piece.heads) * EXACT_TOKENS + piece.first_token + i / piece.heads];
         struct Queries queries = attend_span(s, w, layer, &piece, all.spans);
         for (size_t i = 0; i < queries.count && all.spans > 1; i++) {
-            size_t at = (piece.span * EXACT_TOKENS + piece.first_token + i / piece.heads) * heads + piece.first_head + i % piece.heads;
+            size_t at = ((piece.first_token + i / piece.heads) * all.spans + piece.span) * heads + piece.first_head + i % piece.heads;
             memcpy(s->span_mixed + at * value_cols, w->mixed + i * value_cols, value_cols * sizeof *w->mixed);
             s->span_maxima[at] = w->maxima[i];
             s->span_sums[at] = w->sums[i];
@@ -2351,7 +2351,7 @@ static void attend_cache(struct Session *s, int thread, size_t layer) {
     team_barrier(s->team);
     size_t head, end;
     for (static_share(s->team, thread, heads, &head, &end); head < end; head++) {
-        for (size_t t = 0; t < s->n; t++) join_spans(s, t * heads + head, all.spans, w->mixed + t * value_cols);
+        for (size_t t = 0; t < s->n; t++) join_spans(s, t, head, all.spans, w->mixed + t * value_cols);
         store_attended(s, l, head, 0, s->n, w->mixed, value_cols);
     }
 }
