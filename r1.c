@@ -1410,8 +1410,8 @@ struct Session {
 
     uint8_t *cache;
     uint32_t cache_dtype;         // enum Dtype
-    size_t key_block_bytes, value_block_bytes;   // of 256 positions of a head
-    size_t cache_values, cache_layer_bytes;  // where a layer's values begin, and its end
+    size_t key_block_bytes, cache_block_bytes;   // of 256 positions of a head: the keys, and with the values behind them
+    size_t cache_layer_bytes;
 
     float *span_mixed;            // [16][spans][heads][value dim, or kv_lora_rank] of few tokens: what each span of the cache gave
     float *span_maxima, *span_sums;          // [16][spans][heads]
@@ -1552,9 +1552,8 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
 
     size_t blocks = cache_heads(c) * ceil_div(s->options.context, CACHE_BLOCK);
     s->key_block_bytes = key_block_bytes(s->cache_dtype, cache_key_cols(c, s->cache_dtype));
-    s->value_block_bytes = value_block_bytes(s->cache_dtype, cache_value_cols(c));
-    s->cache_values = blocks * s->key_block_bytes;
-    s->cache_layer_bytes = s->cache_values + blocks * s->value_block_bytes;
+    s->cache_block_bytes = s->key_block_bytes + value_block_bytes(s->cache_dtype, cache_value_cols(c));
+    s->cache_layer_bytes = blocks * s->cache_block_bytes;
     s->cache = take(arena, c->num_hidden_layers, s->cache_layer_bytes);
 }
 
@@ -1938,20 +1937,19 @@ static void rotate(const struct Session *s, size_t t, float *x) {
 // values of all heads, arXiv:2405.04434 section 2.1) with the rotated part of the key behind it, shared by all heads; its
 // latents are kept twice, as keys and as values.
 //
-// Layer by layer, [head][block] of keys, then [head][block] of values. A block has 256 positions and is made for the kernels
-// that multiply matrices: its keys are 8 panels of 32 positions (format.h's panels of 32 rows), its values a panel for
-// each 32 columns, whose own columns are the 256 positions. f32 and f16 panels are [column][32] numbers. q8 keys are q8 panels
+// Layer by layer [head][block]. A block has 256 positions, their values behind their keys, as attention reads them, and is made for
+// the kernels that multiply matrices: its keys are 8 panels of 32 positions (format.h's panels of 32 rows), its values a panel
+// for each 32 columns, whose own columns are the 256 positions. f32 and f16 panels are [column][32] numbers. q8 keys are q8 panels
 // in rotated columns; q8 values are not rotated, have a float scale a position in front, and their panels' scales are 1.
 // ====================================================================================================================
 
 static uint8_t *cache_keys(const struct Session *s, size_t layer, size_t head, size_t position) {
     size_t blocks = ceil_div(s->options.context, CACHE_BLOCK);
-    return s->cache + layer * s->cache_layer_bytes + (head * blocks + position / CACHE_BLOCK) * s->key_block_bytes;
+    return s->cache + layer * s->cache_layer_bytes + (head * blocks + position / CACHE_BLOCK) * s->cache_block_bytes;
 }
 
 static uint8_t *cache_values(const struct Session *s, size_t layer, size_t head, size_t position) {
-    size_t blocks = ceil_div(s->options.context, CACHE_BLOCK);
-    return s->cache + layer * s->cache_layer_bytes + s->cache_values + (head * blocks + position / CACHE_BLOCK) * s->value_block_bytes;
+    return cache_keys(s, layer, head, position) + s->key_block_bytes;
 }
 
 // Rotates up to 256 columns at a time, as format.h does: out [padded(cols)].
