@@ -810,8 +810,8 @@ struct Kernels {
     // to first + 31; rows a multiple of 32).
     void (*quantize_keys)(const float *x, size_t rows, uint8_t *block);
     void (*quantize_values)(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels);
-    // x[i] = exp(x[i] - maximum); returns their sum.
-    float (*exp_row)(float *x, float maximum, size_t n);
+    // x[i] = exp(x[i] - maximum), times scales[i] unless scales is NULL; returns the sum without scales.
+    float (*exp_row)(float *x, float maximum, const float *scales, size_t n);
     // gate[i] = silu(gate[i]) * up[i], silu(g) = g / (1 + exp(-g)).
     void (*silu_multiply)(float *gate, const float *up, size_t n);
     // What a half-precision cache holds.
@@ -1183,13 +1183,14 @@ INLINE void quantize_values_body(const float *x, size_t rows, size_t first, floa
     }
 }
 
-INLINE float exp_row_body(float *x, float maximum, size_t n) {
+INLINE float exp_row_body(float *x, float maximum, const float *scales, size_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (size_t i = 0; i < n; i++) {
         x[i] = exp_float(x[i] - maximum);
         sum += x[i];
     }
+    for (size_t i = 0; i < n && scales; i++) x[i] *= scales[i];
     return sum;
 }
 
@@ -2066,12 +2067,12 @@ static void end_softmax(const struct Queries *queries) {
     }
 }
 
-// The scores of the first `visible` positions from maximum and sum so far on: exponentials, both brought up to date, and what
-// was mixed before weighed anew.
-static void update_softmax(const struct Session *s, const struct Queries *queries, size_t i, float *scores, size_t visible) {
+// The scores of the first `visible` positions from maximum and sum so far on: exponentials, multiplied by the scales of the values if
+// they have any, both brought up to date, and what was mixed before weighed anew.
+static void update_softmax(const struct Session *s, const struct Queries *queries, size_t i, float *scores, const float *scales, size_t visible) {
     float *mixed = queries->mixed + i * queries->value_cols, maximum = fmaxf(queries->maxima[i], s->kernels->find_maximum(scores, visible));
     float kept = exp_float(queries->maxima[i] - maximum);    // -inf gives next to nothing
-    queries->sums[i] = queries->sums[i] * kept + s->kernels->exp_row(scores, maximum, visible);
+    queries->sums[i] = queries->sums[i] * kept + s->kernels->exp_row(scores, maximum, scales, visible);
     if (maximum != queries->maxima[i])
         for (size_t c = 0; c < queries->value_cols; c++) mixed[c] *= kept;
     queries->maxima[i] = maximum;
@@ -2104,8 +2105,8 @@ static void multiply_panel(const struct Session *s, struct Worker *worker, uint3
 // Lets the queries look at a block's `count` positions from `first` on.
 static void attend_block(const struct Session *s, struct Worker *w, const struct Queries *queries, size_t first, size_t count, uint32_t dtype,
                          const uint8_t *keys, const uint8_t *values) {
-    bool q8 = dtype == DTYPE_Q8;
-    size_t cols = q8 ? padded(count) : count, n = queries->count, key_cols = queries->key_cols;
+    const float *scales = dtype == DTYPE_Q8 ? (const float *)(const void *)values : NULL;
+    size_t cols = scales ? padded(count) : count, n = queries->count, key_cols = queries->key_cols;
     float *all_scores = w->shares.values;      // [n][256]
     for (size_t j = 0; j < count; j += PANEL_ROWS)
         multiply_panel(s, w, dtype, keys + j / PANEL_ROWS * panel_bytes(dtype, key_cols), key_cols, key_cols, queries->rows, n, false,
@@ -2114,10 +2115,9 @@ static void attend_block(const struct Session *s, struct Worker *w, const struct
         size_t position = s->position + queries->first_token + i / queries->heads, at = i * CACHE_BLOCK;
         size_t visible = position < first ? 0 : min_size(count, position - first + 1);
         float *scores = all_scores + at;
-        if (visible) update_softmax(s, queries, i, scores, visible);
+        if (visible) update_softmax(s, queries, i, scores, scales, visible);
         memset(scores + visible, 0, (padded(count) - visible) * sizeof *scores);
-        if (!q8) continue;
-        for (size_t j = 0; j < visible; j++) scores[j] *= ((const float *)(const void *)values)[j];
+        if (!scales) continue;
         s->kernels->quantize_block(scores, cols, w->shares.quants + at, w->shares.scales + i, w->shares.sums + at / K_GROUP, w->shares.block_sums + i);
     }
     for (size_t c = 0; c < queries->value_cols; c += PANEL_ROWS)

@@ -711,19 +711,20 @@ AVX2_INLINE __m256 exp_avx2(__m256 x) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift));
 }
 
-AVX2 static float exp_row_avx2(float *x, float maximum, size_t n) {
+AVX2 static float exp_row_avx2(float *x, float maximum, const float *scales, size_t n) {
     const __m256 largest = _mm256_set1_ps(maximum);
     __m256 sum = _mm256_setzero_ps();
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m256 value = exp_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), largest));
-        _mm256_storeu_ps(x + i, value);
+        _mm256_storeu_ps(x + i, scales ? _mm256_mul_ps(value, _mm256_loadu_ps(scales + i)) : value);
         sum = _mm256_add_ps(sum, value);
     }
     float total = _mm_cvtss_f32(sum_lanes_avx2(sum, sum, sum, sum));
     for (; i < n; i++) {
-        x[i] = exp_float(x[i] - maximum);
-        total += x[i];
+        float value = exp_float(x[i] - maximum);
+        x[i] = scales ? value * scales[i] : value;
+        total += value;
     }
     return total;
 }

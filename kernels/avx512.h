@@ -587,12 +587,13 @@ AVX512_INLINE __m512 exp_avx512(__m512 x) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shift));
 }
 
-AVX512 static float exp_row_avx512(float *x, float maximum, size_t n) {
+AVX512 static float exp_row_avx512(float *x, float maximum, const float *scales, size_t n) {
     __m512 sum = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 lanes = lanes_avx512(n - i);
         __m512 value = exp_avx512(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), _mm512_set1_ps(maximum)));
-        _mm512_mask_storeu_ps(x + i, lanes, value);
+        __m512 scaled = scales ? _mm512_mul_ps(value, _mm512_maskz_loadu_ps(lanes, scales + i)) : value;
+        _mm512_mask_storeu_ps(x + i, lanes, scaled);
         sum = _mm512_mask_add_ps(sum, lanes, sum, value);
     }
     return sum_avx512(sum);

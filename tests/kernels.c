@@ -418,18 +418,20 @@ static void test_dot(const struct Kernels *table) {
 static void test_exponentials(const struct Kernels *table) {
     for (size_t c = 0; c < LENGTHS_COUNT; c++) {
         size_t n = LENGTHS[c];
-        float *x = new_buffer(n * 4, 0), *y = new_buffer(n * 4, 0), *up = new_buffer(n * 4, 0);
+        float *x = new_buffer(n * 4, 0), *y = new_buffer(n * 4, 0), *up = new_buffer(n * 4, 0), *scaled = new_buffer(n * 4, 0);
         for (int kind = 0; kind < 4; kind++) {
             float maximum = 2, width = kind == 0 ? 1 : kind == 1 ? 10 : 100;
             for (size_t i = 0; i < n; i++) {
-                x[i] = y[i] = kind == 3 && next_bits() % 2 ? -INFINITY : maximum - fabsf(next_float()) * width;
+                x[i] = y[i] = scaled[i] = kind == 3 && next_bits() % 2 ? -INFINITY : maximum - fabsf(next_float()) * width;
                 up[i] = next_float();
             }
             double exact_sum = 0;
-            float sum = table->exp_row(y, maximum, n);
+            float sum = table->exp_row(y, maximum, NULL, n), scaled_sum = table->exp_row(scaled, maximum, up, n);
+            EXPECT(scaled_sum == sum, "exp_row of %zu: with scales the sum is %.9g, not %.9g", n, (double)scaled_sum, (double)sum);
             for (size_t i = 0; i < n; i++) {
                 double exact = exp((double)x[i] - maximum);
                 exact_sum += exact;
+                EXPECT(scaled[i] == y[i] * up[i], "exp_row: %g times %g gave %.9g", (double)y[i], (double)up[i], (double)scaled[i]);
                 EXPECT(fabs(y[i] - exact) <= 1e-6 * exact + 2e-38, "exp_row: exp(%g) gave %.9g",
                        (double)(x[i] - maximum), (double)y[i]);
             }
@@ -444,7 +446,7 @@ static void test_exponentials(const struct Kernels *table) {
                        (double)up[i], (double)y[i]);
             }
         }
-        free(x), free(y), free(up);
+        free(x), free(y), free(up), free(scaled);
     }
     report(table->name, "exp_row, silu_multiply");
 }
