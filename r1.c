@@ -1311,9 +1311,8 @@ static const char *const cache_names[] = {"f32", "f16", "q8"};
 #define HIDDEN_TOKENS 256         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
 #define MAX_KEY_COLS 5120         // of a cache: 4096 + 1024 of MLA (format.h's limits)
 #define CACHE_BLOCK 256           // positions of a block of the cache, which attention takes at a time
-#define CACHE_SPAN 1024           // positions that one thread goes through for few tokens; a multiple of CACHE_BLOCK
+#define CACHE_SPAN 1024           // positions of a piece of attention for few tokens; a multiple of CACHE_BLOCK
 #define ATTENTION_QUERIES 256     // most queries (tokens times heads) of one piece of attention work
-#define FEW_QUERIES 8             // of a piece: fewer need a part of the cache faster than it comes
 #define MAX_BATCH 16384
 
 struct SessionOptions {
@@ -2202,7 +2201,8 @@ struct Piece {
 };
 
 // How a step is cut into pieces: as large as the buffers allow, so that a part of the cache is read once for many queries,
-// but enough pieces for all threads, and as many for each of them.
+// but enough pieces for all threads. Of few tokens no thread shall have a quarter more to do than its part: that is what a cache
+// read twice, for half the heads each, costs.
 struct Pieces {
     size_t cache_heads, group;    // heads that share one
     size_t heads, tokens;         // of a piece at most
@@ -2217,13 +2217,13 @@ static struct Pieces cut_attention(const struct Session *s) {
     all.group = c->num_attention_heads / all.cache_heads;
     all.heads = min_size(all.group, ATTENTION_QUERIES);
     all.tokens = min_size(s->n, ATTENTION_QUERIES / all.heads);
-    size_t threads = (size_t)s->team->threads, many_pieces = (many ? 16 : 4) * threads;
+    size_t threads = (size_t)s->team->threads, positions = s->position + s->n, longest = all.spans > 1 ? CACHE_SPAN : positions;
     for (;;) {
         all.head_pieces = ceil_div(all.group, all.heads);
         all.token_pieces = ceil_div(s->n, all.tokens);
-        size_t pieces = all.cache_heads * all.head_pieces * all.token_pieces * all.spans, queries = all.heads * all.tokens;
-        bool even = pieces >= many_pieces || (!many && (pieces % threads == 0 || queries <= FEW_QUERIES));
-        if ((pieces >= threads && even) || queries == 1) return all;
+        size_t of_a_span = all.cache_heads * all.head_pieces * all.token_pieces, pieces = of_a_span * all.spans;
+        bool even = of_a_span % threads == 0 || ceil_div(pieces, threads) * threads * longest * 4 <= of_a_span * positions * 5;
+        if ((many ? pieces >= 16 * threads : even) || all.heads * all.tokens == 1) return all;
         if (all.tokens > 1) all.tokens = ceil_div(all.tokens, 2);
         else all.heads = ceil_div(all.heads, 2);
     }
