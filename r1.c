@@ -786,16 +786,19 @@ typedef void PanelProduct(const uint8_t *panel, size_t cols, const struct Row *x
 // Many tokens take an integer panel in two steps, so that decoding its weights is paid once for all of them. Unpacking
 // turns columns [first, first + depth) of a panel, first a multiple of 256, into one byte a weight, [depth/4][32][4], and
 // one scale for each row and 256 columns, [ceil(depth/256)][32]. The bytes are int8 in whatever disguise suits the
-// instruction set: only multiply_unpacked() of the same table looks at them.
+// instruction set, up to UNPACKED_BLOCK_BYTES for 256 columns: only multiply_unpacked[] of the same table and type looks at them.
+#define UNPACKED_BLOCK_BYTES (2 * K_BLOCK * PANEL_ROWS + 4 * PANEL_ROWS)
 typedef void PanelUnpacking(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales);
+
+// out[t * stride + r] = sum over `depth` unpacked columns k of weight(r, k) * x[t](first + k), for any n; += with `add`.
+typedef void UnpackedProduct(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n,
+                             bool add, float *out, size_t stride);
 
 struct Kernels {
     const char *name;
     PanelProduct *product[DTYPE_COUNT + 1];   // by dtype; the last is DTYPE_F16
     PanelUnpacking *unpack[DTYPE_COUNT];  // of q8, q4 and q6
-    // out[t * stride + r] = sum over `depth` unpacked columns k of weight(r, k) * x[t](first + k), for any n; += with `add`.
-    void (*multiply_unpacked)(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n,
-                              bool add, float *out, size_t stride);
+    UnpackedProduct *multiply_unpacked[DTYPE_COUNT];
     // Quantises a k-block of up to 256 columns (a multiple of 32): *scale = max|x| / 127, the nearest integers, the sums of
     // each 32, and in *block_sum of all. Not-a-number in x gives numbers out, never undefined behaviour.
     void (*quantize_block)(const float *x, size_t cols, int8_t *quants, float *scale, int32_t *sums, int32_t *block_sum);
@@ -1234,7 +1237,7 @@ static const struct Kernels portable_kernels = {
     .product = {[DTYPE_F32] = product_f32, [DTYPE_BF16] = product_bf16, [DTYPE_F8] = product_f8, [DTYPE_Q8] = product_q8,
                 [DTYPE_Q4] = product_q4, [DTYPE_Q6] = product_q6, [DTYPE_F16] = product_f16},
     .unpack = {[DTYPE_Q8] = unpack_q8, [DTYPE_Q4] = unpack_q4, [DTYPE_Q6] = unpack_q6},
-    .multiply_unpacked = multiply_unpacked,
+    .multiply_unpacked = {[DTYPE_Q8] = multiply_unpacked, [DTYPE_Q4] = multiply_unpacked, [DTYPE_Q6] = multiply_unpacked},
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_body,
     .dot = dot_body,
@@ -1349,7 +1352,7 @@ struct Worker {
     float *gate_tile;             // [4][batch][32] results of a product, or [8][256][32]
     float *up_tile;               // [4][256][32]
     float *gemm_weights;          // [512][128]
-    uint8_t *unpacked;            // [512/4][32][4]
+    uint8_t *unpacked;            // [2][UNPACKED_BLOCK_BYTES]
     float *unpacked_scales;       // [2][32]
     float *gemm_inputs;           // [batch][512]
     float *gemm_tile;             // [batch][128]
@@ -1487,7 +1490,7 @@ static void lay_out_worker(const struct Session *s, struct Arena *arena, struct 
     w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, HIDDEN_TOKENS) * K_BLOCK), 4);
     w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * GEMM_COLUMNS, 4);
     w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
-    w->unpacked = take(arena, GEMM_DEPTH * PANEL_ROWS, 1);
+    w->unpacked = take(arena, GEMM_DEPTH / K_BLOCK * UNPACKED_BLOCK_BYTES, 1);
     w->unpacked_scales = take(arena, GEMM_DEPTH / K_BLOCK * PANEL_ROWS, 4);
     w->gemm_inputs = take(arena, batch * GEMM_DEPTH, 4);
     w->gemm_tile = take(arena, batch * GEMM_COLUMNS, 4);
@@ -1720,8 +1723,8 @@ static void multiply_columns(const struct Session *s, struct Worker *worker, con
         for (size_t t = 0, count; t < n; t += count) {
             count = min_size(PREFETCH_TOKENS, n - t);
             prefetch_part(next, bytes, t, t + count, n);
-            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, depth, x + t, first, count, first > 0,
-                                          out + (p * n + t) * PANEL_ROWS, PANEL_ROWS);
+            s->kernels->multiply_unpacked[m->dtype](worker->unpacked, worker->unpacked_scales, depth, x + t, first, count, first > 0,
+                                                    out + (p * n + t) * PANEL_ROWS, PANEL_ROWS);
         }
     }
 }
@@ -2082,9 +2085,10 @@ static void multiply_panel(const struct Session *s, struct Worker *worker, uint3
                            size_t cols, const struct Row *rows, size_t count, bool add, float *out, size_t stride) {
     if (dtype == DTYPE_Q8 && s->n > EXACT_TOKENS) {
         for (size_t first = 0; first < cols; first += GEMM_DEPTH) {
-            s->kernels->unpack[DTYPE_Q8](panel, panel_cols, first, min_size(GEMM_DEPTH, panel_cols - first), worker->unpacked, worker->unpacked_scales);
-            s->kernels->multiply_unpacked(worker->unpacked, worker->unpacked_scales, min_size(GEMM_DEPTH, cols - first), rows, first, count,
-                                          add || first, out, stride);
+            size_t depth = min_size(GEMM_DEPTH, cols - first);
+            s->kernels->unpack[DTYPE_Q8](panel, panel_cols, first, depth, worker->unpacked, worker->unpacked_scales);
+            s->kernels->multiply_unpacked[DTYPE_Q8](worker->unpacked, worker->unpacked_scales, depth, rows, first, count, add || first, out,
+                                                    stride);
         }
         return;
     }

@@ -399,7 +399,8 @@ AVX2_PRODUCT(product_q4_avxvnni, product_q4_avx2_tile, WITH)
 AVX2_PRODUCT(product_q6_avxvnni, product_q6_avx2_tile, WITH)
 
 // ---- products of many tokens
-// Unpacked weights are what they are, int8, for plain AVX2. For AVX-VNNI they have 128 added already.
+// Unpacked weights have 128 added for AVX-VNNI. For plain AVX2 those of q6 stay codes, 0 to 63, and others are split into
+// magnitudes and signs, further below.
 
 AVX2 static void unpack_q8_avxvnni(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                    float *scales) {
@@ -480,11 +481,6 @@ AVX2_INLINE void unpack_q4_avx2_any(const uint8_t *panel, size_t cols, size_t fi
     }
 }
 
-AVX2 static void unpack_q4_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
-                                float *scales) {
-    unpack_q4_avx2_any(panel, cols, first, depth, bytes, scales, false);
-}
-
 AVX2 static void unpack_q4_avxvnni(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                    float *scales) {
     unpack_q4_avx2_any(panel, cols, first, depth, bytes, scales, true);
@@ -492,7 +488,7 @@ AVX2 static void unpack_q4_avxvnni(const uint8_t *panel, size_t cols, size_t fir
 
 AVX2_INLINE void unpack_q6_avx2_any(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                     float *scales, const bool vnni) {
-    const __m256i offset = _mm256_set1_epi8((char)((vnni ? 128 : 0) - Q6_ZERO));
+    const __m256i offset = _mm256_set1_epi8((char)(vnni ? 128 - Q6_ZERO : 0));
     const uint8_t *block =
         panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
@@ -514,8 +510,7 @@ AVX2_INLINE void unpack_q6_avx2_any(const uint8_t *panel, size_t cols, size_t fi
     }
 }
 
-AVX2 static void unpack_q6_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
-                                float *scales) {
+AVX2 static void unpack_q6_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
     unpack_q6_avx2_any(panel, cols, first, depth, bytes, scales, false);
 }
 
@@ -526,64 +521,123 @@ AVX2 static void unpack_q6_avxvnni(const uint8_t *panel, size_t cols, size_t fir
 
 // ---- and their products
 
-// sum + the products of four pairs of bytes in each lane: magnitudes of weights and quants that have the weights' signs.
-AVX2_INLINE __m256i add_signed_products_avx2(__m256i sum, __m256i magnitudes, __m256i quants) {
-    __m256i pairs = _mm256_maddubs_epi16(magnitudes, quants);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-// Prepares a k-block of int8 weights, [length/4][32][4], for plain AVX2: split is [length/4][magnitudes, masks][32][4], a
-// mask being -1 where the weight is negative. Flipping a quant's bits by the mask makes q or -q - 1 of it, in one operation
-// that any vector unit does, while the instruction that gives it a weight's sign competes with the multiplications. Each
-// row's sum lacks the magnitudes of its negative weights then: lacking, [32], which the sums start from.
-AVX2_INLINE void split_signs_avx2(const uint8_t *w, size_t length, uint8_t *split, int32_t *lacking) {
-    __m256i sum[4];
-    UNROLL for (size_t v = 0; v < 4; v++) sum[v] = _mm256_setzero_si256();
+// A k-block of int8 weights, [length/4][32][4], as plain AVX2 multiplies it: [length/4][magnitudes, masks][32][4], a mask being
+// -1 where the weight is negative. Flipping a quant's bits by the mask makes q or -q - 1 of it, in one operation that any vector
+// unit does, while the instruction that gives it a weight's sign competes with the multiplications. Each row's sum lacks the
+// magnitudes of its negative weights then; those follow, [32] int32, for the sums to start from.
+AVX2_INLINE void split_signs_avx2(const uint8_t *w, size_t length, uint8_t *split) {
+    __m256i lacking[4];
+    UNROLL for (size_t v = 0; v < 4; v++) lacking[v] = _mm256_setzero_si256();
     for (size_t k = 0; k < length; k += 4, w += 4 * PANEL_ROWS, split += 8 * PANEL_ROWS)
         UNROLL for (size_t v = 0; v < 4; v++) {
             __m256i weights = load_bytes_avx2(w + 32 * v), magnitudes = _mm256_abs_epi8(weights);
             __m256i mask = _mm256_cmpgt_epi8(_mm256_setzero_si256(), weights);
             store_bytes_avx2(split + 32 * v, magnitudes);
             store_bytes_avx2(split + 4 * PANEL_ROWS + 32 * v, mask);
-            sum[v] = add_signed_products_avx2(sum[v], magnitudes, _mm256_abs_epi8(mask));
+            __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_abs_epi8(mask));
+            lacking[v] = _mm256_add_epi32(lacking[v], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
         }
-    UNROLL for (size_t v = 0; v < 4; v++) store_bytes_avx2(lacking + 8 * v, sum[v]);
+    UNROLL for (size_t v = 0; v < 4; v++) store_bytes_avx2(split + 32 * v, lacking[v]);
 }
 
-// The products of a k-block with n tokens, 16 rows at a time, to or, with `add`, added to out. With vnni, w is
-// [length/4][32][4] bytes to which 128 was added; without, what split_signs_avx2() made.
-AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacking, const float *scales, size_t length,
-                                          const struct Row *x, size_t first, const size_t n, bool add, float *out,
-                                          size_t stride, const bool vnni) {
-    const size_t step = (vnni ? 4 : 8) * PANEL_ROWS, columns = vnni ? 16 : 4;
+AVX2_INLINE void unpack_split_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales,
+                                   const bool is_q4) {
+    for (size_t start = first; start < first + depth; start += K_BLOCK, bytes += UNPACKED_BLOCK_BYTES, scales += PANEL_ROWS) {
+        size_t length = min_size(K_BLOCK, first + depth - start);
+        uint8_t weights[K_BLOCK * PANEL_ROWS] __attribute__((aligned(64)));
+        if (is_q4) unpack_q4_avx2_any(panel, cols, start, length, weights, scales, false);
+        else unpack_q8(panel, cols, start, length, weights, scales);
+        split_signs_avx2(weights, length, bytes);
+    }
+}
+
+AVX2 static void unpack_q8_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
+    unpack_split_avx2(panel, cols, first, depth, bytes, scales, false);
+}
+
+AVX2 static void unpack_q4_avx2(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
+    unpack_split_avx2(panel, cols, first, depth, bytes, scales, true);
+}
+
+// Adds to sum[0] and sum[1] the products of 16 rows' magnitudes and four quants of a token, flipped by the rows' masks. In one
+// piece, since compilers that may move its eight instructions about run out of registers.
+AVX2_INLINE void add_flipped_products_avx2(__m256i *sum, __m256i quants, __m256i magnitudes0, __m256i magnitudes1,
+                                           const uint8_t *masks) {
+    const __m256i *mask = (const __m256i *)(const void *)masks, one = _mm256_set1_epi16(1);
+    __m256i products0, products1;
+    __asm__("vpxor %6, %4, %2\n\t"
+            "vpxor %7, %4, %3\n\t"
+            "vpmaddubsw %2, %8, %2\n\t"
+            "vpmaddubsw %3, %9, %3\n\t"
+            "vpmaddwd %5, %2, %2\n\t"
+            "vpmaddwd %5, %3, %3\n\t"
+            "vpaddd %2, %0, %0\n\t"
+            "vpaddd %3, %1, %1"
+            : "+x"(sum[0]), "+x"(sum[1]), "=&x"(products0), "=&x"(products1)
+            : "x"(quants), "x"(one), "m"(mask[0]), "m"(mask[1]), "x"(magnitudes0), "x"(magnitudes1));
+}
+
+// Adds to sum[0] and sum[1] the products of 16 rows' q6 codes, [2 fours][2], and eight quants of a token: four of them fit in 16 bits.
+AVX2_INLINE void add_code_products_avx2(__m256i *sum, __m256i quants0, __m256i quants1, const __m256i (*codes)[2]) {
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i products0, products1;
+    __asm__("vpmaddubsw %4, %6, %2\n\t"
+            "vpmaddubsw %4, %7, %3\n\t"
+            "vpmaddubsw %5, %8, %4\n\t"
+            "vpmaddubsw %5, %9, %5\n\t"
+            "vpaddw %4, %2, %2\n\t"
+            "vpaddw %5, %3, %3\n\t"
+            "vpmaddwd %10, %2, %2\n\t"
+            "vpmaddwd %10, %3, %3\n\t"
+            "vpaddd %2, %0, %0\n\t"
+            "vpaddd %3, %1, %1"
+            : "+x"(sum[0]), "+x"(sum[1]), "=&x"(products0), "=&x"(products1), "+x"(quants0), "+x"(quants1)
+            : "x"(codes[0][0]), "x"(codes[0][1]), "x"(codes[1][0]), "x"(codes[1][1]), "x"(one));
+}
+
+// What unpacked weights look like.
+enum Unpacked { SPLIT, CODES, UNSIGNED };
+
+// The products of a k-block with n tokens, 16 rows at a time, to or, with `add`, added to out. w is what split_signs_avx2() made,
+// or [length/4][32][4] q6 codes or, for AVX-VNNI, weights to which 128 was added.
+AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const float *scales, size_t length, const struct Row *x, size_t first,
+                                          const size_t n, bool add, float *out, size_t stride, const enum Unpacked form) {
+    const size_t four = (form == SPLIT ? 8 : 4) * PANEL_ROWS, columns = form == SPLIT ? 4 : form == CODES ? 8 : 16;
     const int8_t *quants[6];
     UNROLL for (size_t t = 0; t < n; t++) quants[t] = x[t].quants + first;
     for (size_t row = 0; row < PANEL_ROWS; row += 16) {
-        const uint8_t *four = w + row * 4;
+        const uint8_t *rows = w + row * 4;
         __m256i sum[6][2];
-        UNROLL for (size_t t = 0; t < n; t++) {
-            __m256i taken_back = _mm256_set1_epi32(-128 * x[t].block_sums[first / K_BLOCK]);
-            sum[t][0] = vnni ? taken_back : load_bytes_avx2(lacking + row);
-            sum[t][1] = vnni ? taken_back : load_bytes_avx2(lacking + row + 8);
-        }
+        UNROLL for (size_t t = 0; t < n; t++)
+            if (form == SPLIT) {
+                sum[t][0] = load_bytes_avx2(rows + length / 4 * four);
+                sum[t][1] = load_bytes_avx2(rows + length / 4 * four + 32);
+            } else {
+                sum[t][0] = sum[t][1] = _mm256_set1_epi32((form == CODES ? -Q6_ZERO : -128) * x[t].block_sums[first / K_BLOCK]);
+            }
         // Columns come in 32s: with VNNI four steps in a row need no end of the loop between them; without, compilers would
         // mix the steps and run out of registers.
-        for (size_t k = 0; k < length; k += columns)
-            UNROLL for (size_t i = 0; i < columns; i += 4, four += step) {
-                __m256i w0 = load_bytes_avx2(four), w1 = load_bytes_avx2(four + 32);
+        for (size_t k = 0; k < length; k += columns, rows += columns / 4 * four) {
+            if (form == CODES) {
+                const __m256i codes[2][2] = {{load_bytes_avx2(rows), load_bytes_avx2(rows + 32)},
+                                             {load_bytes_avx2(rows + four), load_bytes_avx2(rows + four + 32)}};
+                UNROLL for (size_t t = 0; t < n; t++)
+                    add_code_products_avx2(sum[t], broadcast_quants_avx2(quants[t] + k), broadcast_quants_avx2(quants[t] + k + 4), codes);
+                continue;
+            }
+            UNROLL for (size_t i = 0; i < columns / 4; i++) {
+                __m256i w0 = load_bytes_avx2(rows + i * four), w1 = load_bytes_avx2(rows + i * four + 32);
                 UNROLL for (size_t t = 0; t < n; t++) {
-                    __m256i q = broadcast_quants_avx2(quants[t] + k + i);
-                    if (vnni) {
+                    __m256i q = broadcast_quants_avx2(quants[t] + k + 4 * i);
+                    if (form == SPLIT) {
+                        add_flipped_products_avx2(sum[t], q, w0, w1, rows + 4 * PANEL_ROWS);
+                    } else {
                         sum[t][0] = add_byte_products_avx2(sum[t][0], w0, q, true);
                         sum[t][1] = add_byte_products_avx2(sum[t][1], w1, q, true);
-                    } else {
-                        __m256i q0 = _mm256_xor_si256(q, load_bytes_avx2(four + step / 2));
-                        __m256i q1 = _mm256_xor_si256(q, load_bytes_avx2(four + step / 2 + 32));
-                        sum[t][0] = add_signed_products_avx2(sum[t][0], w0, q0);
-                        sum[t][1] = add_signed_products_avx2(sum[t][1], w1, q1);
                     }
                 }
             }
+        }
         __m256 scale0 = _mm256_loadu_ps(scales + row), scale1 = _mm256_loadu_ps(scales + row + 8);
         UNROLL for (size_t t = 0; t < n; t++) {
             __m256 x_scale = _mm256_set1_ps(x[t].scales[first / K_BLOCK]);
@@ -594,42 +648,27 @@ AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const int32_t *lacki
     }
 }
 
-// Tokens go in groups of equal size, as nearly as possible: with VNNI up to six, whose 12 sums hide the latency of its
-// additions, without it up to four.
-#define AVX2_TILE(n, vnni)                                                                                              \
-    case n:                                                                                                             \
-        multiply_block_avx2_tile(w, lacking, scales, length, x + t, at, n, add || start, out + t * stride, stride, vnni); \
-        break;
-
-AVX2 static void multiply_unpacked_avx2(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,
-                                        size_t first, size_t n, bool add, float *out, size_t stride) {
-    uint8_t w[2 * K_BLOCK * PANEL_ROWS] __attribute__((aligned(64)));
-    int32_t lacking[PANEL_ROWS];
-    for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
-        size_t length = min_size(K_BLOCK, depth - start), at = first + start;
-        split_signs_avx2(bytes + start * PANEL_ROWS, length, w, lacking);
-        for (size_t t = 0, groups = ceil_div(n, 4), count; t < n; t += count, groups--) {
-            count = ceil_div(n - t, groups);
-            switch (count) { AVX2_TILE(1, false) AVX2_TILE(2, false) AVX2_TILE(3, false) AVX2_TILE(4, false) }
-        }
+// Tokens go in groups of equal size, as nearly as possible: with VNNI up to six, whose 12 sums hide the latency of its additions,
+// otherwise as many as there are registers for.
+#define AVX2_MULTIPLY(name, form, largest_group, block_bytes)                                                           \
+    AVX2 static void name(const uint8_t *w, const float *scales, size_t depth, const struct Row *x, size_t first, size_t n, \
+                          bool add, float *out, size_t stride) {                                                        \
+        for (size_t start = 0; start < depth; start += K_BLOCK, w += block_bytes, scales += PANEL_ROWS) {               \
+            size_t length = min_size(K_BLOCK, depth - start), at = first + start;                                       \
+            for (size_t t = 0, groups = ceil_div(n, largest_group), count; t < n; t += count, groups--) {               \
+                count = ceil_div(n - t, groups);                                                                        \
+                switch (count) {                                                                                        \
+                    AVX2_TILE(1, form) AVX2_TILE(2, form) AVX2_TILE(3, form)                                            \
+                    AVX2_TILE(4, form) AVX2_TILE(5, form) AVX2_TILE(6, form)                                            \
+                }                                                                                                       \
+            }                                                                                                           \
+        }                                                                                                               \
     }
-}
-
-AVX2 static void multiply_unpacked_avxvnni(const uint8_t *bytes, const float *scales, size_t depth, const struct Row *x,
-                                           size_t first, size_t n, bool add, float *out, size_t stride) {
-    const int32_t *lacking = NULL;
-    for (size_t start = 0; start < depth; start += K_BLOCK, scales += PANEL_ROWS) {
-        size_t length = min_size(K_BLOCK, depth - start), at = first + start;
-        const uint8_t *w = bytes + start * PANEL_ROWS;
-        for (size_t t = 0, groups = ceil_div(n, 6), count; t < n; t += count, groups--) {
-            count = ceil_div(n - t, groups);
-            switch (count) {
-                AVX2_TILE(1, true) AVX2_TILE(2, true) AVX2_TILE(3, true)
-                AVX2_TILE(4, true) AVX2_TILE(5, true) AVX2_TILE(6, true)
-            }
-        }
-    }
-}
+#define AVX2_TILE(n, form)                                                                                              \
+    case n: multiply_block_avx2_tile(w, scales, length, x + t, at, n, add || start, out + t * stride, stride, form); break;
+AVX2_MULTIPLY(multiply_split_avx2, SPLIT, 5, UNPACKED_BLOCK_BYTES)
+AVX2_MULTIPLY(multiply_codes_avx2, CODES, 3, K_BLOCK * PANEL_ROWS)
+AVX2_MULTIPLY(multiply_unpacked_avxvnni, UNSIGNED, 6, K_BLOCK * PANEL_ROWS)
 
 // ---- everything else
 
@@ -858,13 +897,13 @@ static bool has_avxvnni(void) {
     return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
 }
 
-#define AVX2_TABLE(table, q8, q4, q6, unpacking_q8, unpacking_q4, unpacking_q6, multiplying, probe, macs)               \
+#define AVX2_TABLE(table, q8, q4, q6, unpacking_q8, unpacking_q4, unpacking_q6, multiplying, multiplying_q6, probe, macs) \
     {                                                                                                                   \
         .name = table,                                                                                                  \
         .product = {[DTYPE_F32] = product_f32_avx2, [DTYPE_BF16] = product_bf16_avx2, [DTYPE_F8] = product_f8_avx2,     \
                     [DTYPE_Q8] = q8, [DTYPE_Q4] = q4, [DTYPE_Q6] = q6, [DTYPE_F16] = product_f16_avx2},                 \
         .unpack = {[DTYPE_Q8] = unpacking_q8, [DTYPE_Q4] = unpacking_q4, [DTYPE_Q6] = unpacking_q6},                    \
-        .multiply_unpacked = multiplying,                                                                               \
+        .multiply_unpacked = {[DTYPE_Q8] = multiplying, [DTYPE_Q4] = multiplying, [DTYPE_Q6] = multiplying_q6},          \
         .quantize_block = quantize_block_avx2,                                                                          \
         .rotate_columns = rotate_columns_avx2,                                                                          \
         .dot = dot_avx2,                                                                                                \
@@ -880,10 +919,10 @@ static bool has_avxvnni(void) {
     }
 
 static const struct Kernels avx2_kernels =
-    AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2, product_q6_avx2, unpack_q8, unpack_q4_avx2, unpack_q6_avx2,
-               multiply_unpacked_avx2, multiply_probe_avx2, 6 * 32);
+    AVX2_TABLE("avx2", product_q8_avx2, product_q4_avx2, product_q6_avx2, unpack_q8_avx2, unpack_q4_avx2, unpack_q6_avx2,
+               multiply_split_avx2, multiply_codes_avx2, multiply_probe_avx2, 6 * 32);
 static const struct Kernels avxvnni_kernels =
     AVX2_TABLE("avxvnni", product_q8_avxvnni, product_q4_avxvnni, product_q6_avxvnni, unpack_q8_avxvnni, unpack_q4_avxvnni,
-               unpack_q6_avxvnni, multiply_unpacked_avxvnni, multiply_probe_avxvnni, 14 * 32);
+               unpack_q6_avxvnni, multiply_unpacked_avxvnni, multiply_unpacked_avxvnni, multiply_probe_avxvnni, 14 * 32);
 
 #endif

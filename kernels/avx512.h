@@ -696,7 +696,7 @@ static const struct Kernels avx512_kernels = {
                 [DTYPE_Q8] = product_q8_avx512, [DTYPE_Q4] = product_q4_avx512, [DTYPE_Q6] = product_q6_avx512,
                 [DTYPE_F16] = product_f16_avx512},
     .unpack = {[DTYPE_Q8] = unpack_q8_avx512, [DTYPE_Q4] = unpack_q4_avx512, [DTYPE_Q6] = unpack_q6_avx512},
-    .multiply_unpacked = multiply_unpacked_avx512,
+    .multiply_unpacked = {[DTYPE_Q8] = multiply_unpacked_avx512, [DTYPE_Q4] = multiply_unpacked_avx512, [DTYPE_Q6] = multiply_unpacked_avx512},
     .quantize_block = quantize_block_avx512,
     .rotate_columns = rotate_columns_avx512,
     .dot = dot_avx512,

@@ -663,7 +663,7 @@ static const struct Kernels neon_kernels = {
                 [DTYPE_Q8] = product_q8_neon, [DTYPE_Q4] = product_q4_neon, [DTYPE_Q6] = product_q6_neon,
                 [DTYPE_F16] = product_f16_neon},
     .unpack = {[DTYPE_Q8] = unpack_q8_neon, [DTYPE_Q4] = unpack_q4_neon, [DTYPE_Q6] = unpack_q6_neon},
-    .multiply_unpacked = multiply_unpacked_neon,
+    .multiply_unpacked = {[DTYPE_Q8] = multiply_unpacked_neon, [DTYPE_Q4] = multiply_unpacked_neon, [DTYPE_Q6] = multiply_unpacked_neon},
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_neon,
     .dot = dot_neon,

@@ -260,25 +260,26 @@ static void test_product(const struct Kernels *table, uint32_t dtype, enum Panel
 // and q6 that is what product() gives, of q4 nearly.
 static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum PanelContents filling) {
     enum { TOKENS = 19, STRIDE = 3 * PANEL_ROWS };
-    for (size_t c = 0; c < COLS_COUNT; c++) {
-        size_t cols = COLS[c], offset = c & 1 ? 32 : 0;
-        uint8_t *panel = new_buffer(panel_bytes(dtype, cols), offset);
-        fill_test_panel(dtype, panel, cols, filling);
+    for (size_t c = 0; c < 2 * COLS_COUNT; c++) {
+        // All of a panel's columns, or all but the last 32.
+        size_t panel_cols = COLS[c / 2], cols = panel_cols - c % 2 * 32, offset = c & 2 ? 32 : 0;
+        uint8_t *panel = new_buffer(panel_bytes(dtype, panel_cols), offset);
+        fill_test_panel(dtype, panel, panel_cols, filling);
         struct Row rows[TOKENS];
         for (size_t t = 0; t < TOKENS; t++) rows[t] = new_row(cols, filling);
-        // From each k-block on, up to 512 columns.
+        // From each second k-block on, up to 512 columns.
         for (size_t first = 0; first < cols; first += 2 * K_BLOCK) {
             size_t depth = min_size(2 * K_BLOCK, cols - first), blocks = ceil_div(depth, K_BLOCK);
-            uint8_t *bytes = new_buffer(depth * PANEL_ROWS, 0);
+            uint8_t *bytes = new_buffer(blocks * UNPACKED_BLOCK_BYTES, 0);
             float *scales = new_buffer(blocks * PANEL_ROWS * sizeof *scales, 0);
             static float out[2][TOKENS][STRIDE];
             const struct Kernels *tables[] = {&portable_kernels, table};
             for (size_t i = 0; i < 2; i++) {
                 for (size_t j = 0; j < TOKENS * STRIDE; j++) out[i][j / STRIDE][j % STRIDE] = (float)(j % 5);
-                tables[i]->unpack[dtype](panel, cols, first, depth, bytes, scales);
+                tables[i]->unpack[dtype](panel, panel_cols, first, depth, bytes, scales);
                 for (size_t n = 1, t = 0; t < TOKENS; t += n, n = min_size(n + 1, TOKENS - t))   // 1, 2, 3, 4, 5, 4
-                    tables[i]->multiply_unpacked(bytes, scales, depth, rows + t, first, n, first > 0 || n % 2, out[i][t] + PANEL_ROWS,
-                                                 STRIDE);
+                    tables[i]->multiply_unpacked[dtype](bytes, scales, depth, rows + t, first, n, first > 0 || n % 2,
+                                                        out[i][t] + PANEL_ROWS, STRIDE);
             }
             for (size_t t = 0; t < TOKENS; t++)
                 for (size_t r = 0; r < STRIDE; r++) {
@@ -295,15 +296,15 @@ static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum Pane
             free(bytes), free(scales);
         }
         // All tokens at once: a token's bits do not depend on its company, and are those of product() or near them.
-        if (cols <= 2 * K_BLOCK) {
-            uint8_t *bytes = new_buffer(cols * PANEL_ROWS, 0);
+        if (cols == panel_cols && cols <= 2 * K_BLOCK) {
+            uint8_t *bytes = new_buffer(ceil_div(cols, K_BLOCK) * UNPACKED_BLOCK_BYTES, 0);
             float scales[2 * PANEL_ROWS], product[PANEL_ROWS];
             static float together[TOKENS][PANEL_ROWS];
             table->unpack[dtype](panel, cols, 0, cols, bytes, scales);
-            table->multiply_unpacked(bytes, scales, cols, rows, 0, TOKENS, false, together[0], PANEL_ROWS);
+            table->multiply_unpacked[dtype](bytes, scales, cols, rows, 0, TOKENS, false, together[0], PANEL_ROWS);
             for (size_t t = 0; t < TOKENS; t++) {
                 float alone[PANEL_ROWS];
-                table->multiply_unpacked(bytes, scales, cols, rows + t, 0, 1, false, alone, PANEL_ROWS);
+                table->multiply_unpacked[dtype](bytes, scales, cols, rows + t, 0, 1, false, alone, PANEL_ROWS);
                 EXPECT(same_bits(alone, together[t], PANEL_ROWS), "%zu columns: token %zu depends on its company", cols, t);
                 table->product[dtype](panel, cols, rows + t, 1, product);
                 if (dtype != DTYPE_Q4) {
