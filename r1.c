@@ -1206,18 +1206,25 @@ INLINE void float_to_half_body(const float *x, uint16_t *half, size_t n) {
     for (size_t i = 0; i < n; i++) half[i] = half_from_float(x[i]);
 }
 
-typedef uint64_t WideVector __attribute__((vector_size(64), may_alias));
+// The widest vectors of an instruction set: of wider ones compilers make a detour through memory that is slower than the memory.
+typedef uint64_t Vector128 __attribute__((vector_size(16), may_alias));
+typedef uint64_t Vector256 __attribute__((vector_size(32), may_alias));
+typedef uint64_t Vector512 __attribute__((vector_size(64), may_alias));
 
-INLINE uint64_t read_probe_body(const uint8_t *bytes, size_t count, size_t ahead) {
-    WideVector a = {0}, b = {0}, c = {0}, d = {0};
-    for (size_t i = 0; i < count; i += 256) {
-        const WideVector *at = (const WideVector *)(const void *)(bytes + i);
-        for (size_t line = 0; line < 256 && ahead; line += 64) __builtin_prefetch((const void *)((uintptr_t)at + ahead + line), 0, 0);
-        a ^= at[0], b ^= at[1], c ^= at[2], d ^= at[3];
-    }
-    a ^= b ^ c ^ d;
-    return a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
-}
+#define READ_PROBE_BODY(Vector, bytes, count, ahead)                                                                    \
+    Vector a = {0}, b = {0}, c = {0}, d = {0};                                                                          \
+    for (size_t i = 0; i < count; i += 4 * sizeof(Vector)) {                                                            \
+        const Vector *at = (const Vector *)(const void *)(bytes + i);                                                   \
+        for (size_t line = 0; line < 4 * sizeof(Vector) && ahead; line += 64)                                           \
+            __builtin_prefetch((const void *)((uintptr_t)at + ahead + line), 0, 0);                                     \
+        a ^= at[0], b ^= at[1], c ^= at[2], d ^= at[3];                                                                 \
+    }                                                                                                                   \
+    a ^= b ^ c ^ d;                                                                                                     \
+    uint64_t sum = 0;                                                                                                   \
+    for (size_t i = 0; i < sizeof(Vector) / sizeof sum; i++) sum ^= a[i];                                               \
+    return sum;
+
+static uint64_t read_probe(const uint8_t *bytes, size_t count, size_t ahead) { READ_PROBE_BODY(Vector128, bytes, count, ahead) }
 
 // What a compiler makes of plain C.
 #define PORTABLE_PROBE_MACS 1024
@@ -1247,7 +1254,7 @@ static const struct Kernels portable_kernels = {
     .exp_row = exp_row_body,
     .silu_multiply = silu_multiply_body,
     .float_to_half = float_to_half_body,
-    .read_probe = read_probe_body,
+    .read_probe = read_probe,
     .multiply_probe = multiply_probe_portable,
     .macs_per_round = PORTABLE_PROBE_MACS,
 };

@@ -673,7 +673,7 @@ static const struct Kernels neon_kernels = {
     .exp_row = exp_row_body,
     .silu_multiply = silu_multiply_body,
     .float_to_half = float_to_half_body,
-    .read_probe = read_probe_body,
+    .read_probe = read_probe,
     .multiply_probe = multiply_probe_neon,
     .macs_per_round = PORTABLE_PROBE_MACS,
 };
