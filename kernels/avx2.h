@@ -31,13 +31,14 @@ static struct {
 } prefetching = {1024, false};
 
 static void set_prefetching(void) {
-    unsigned eax = 0, ebx, ecx, edx;
+    unsigned eax, ebx, ecx, edx;
     if (__builtin_cpu_is("intel")) prefetching.bytes = 4096;
     if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return;
     unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
-    bool is_zen4 = family < 0x1a && __builtin_cpu_supports("avx512f");
-    prefetching.first_only = !is_zen4;
-    prefetching.bytes = is_zen4 ? 1024 : family < 0x1a ? 1536 : 6144;
+    if (family >= 0x1a) prefetching.bytes = 6144;                          // since Zen 5
+    else if (__builtin_cpu_supports("avx512f")) return;                    // Zen 4
+    else prefetching.bytes = 1536;                                         // up to Zen 3
+    prefetching.first_only = true;
 }
 
 // Asks for the 128 bytes so far behind w. An address that is not there is no error.
@@ -658,14 +659,18 @@ AVX2_INLINE void multiply_block_avx2_tile(const uint8_t *w, const float *scales,
             for (size_t t = 0, groups = ceil_div(n, largest_group), count; t < n; t += count, groups--) {               \
                 count = ceil_div(n - t, groups);                                                                        \
                 switch (count) {                                                                                        \
-                    AVX2_TILE(1, form) AVX2_TILE(2, form) AVX2_TILE(3, form)                                            \
-                    AVX2_TILE(4, form) AVX2_TILE(5, form) AVX2_TILE(6, form)                                            \
+                    AVX2_TILE(1, form, largest_group) AVX2_TILE(2, form, largest_group)                                 \
+                    AVX2_TILE(3, form, largest_group) AVX2_TILE(4, form, largest_group)                                 \
+                    AVX2_TILE(5, form, largest_group) AVX2_TILE(6, form, largest_group)                                 \
                 }                                                                                                       \
             }                                                                                                           \
         }                                                                                                               \
     }
-#define AVX2_TILE(n, form)                                                                                              \
-    case n: multiply_block_avx2_tile(w, scales, length, x + t, at, n, add || start, out + t * stride, stride, form); break;
+#define AVX2_TILE(n, form, largest_group)                                                                               \
+    case n:                                                                                                             \
+        if (n <= largest_group)                                                                                         \
+            multiply_block_avx2_tile(w, scales, length, x + t, at, n, add || start, out + t * stride, stride, form);    \
+        break;
 AVX2_MULTIPLY(multiply_split_avx2, SPLIT, 5, UNPACKED_BLOCK_BYTES)
 AVX2_MULTIPLY(multiply_codes_avx2, CODES, 3, K_BLOCK * PANEL_ROWS)
 AVX2_MULTIPLY(multiply_unpacked_avxvnni, UNSIGNED, 6, K_BLOCK * PANEL_ROWS)

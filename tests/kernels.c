@@ -259,7 +259,7 @@ static void test_product(const struct Kernels *table, uint32_t dtype, enum Panel
 // Unpacking and multiply_unpacked() of every table give what the portable ones give, to the bit within a k-block; of q8
 // and q6 that is what product() gives, of q4 nearly.
 static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum PanelContents filling) {
-    enum { TOKENS = 19, STRIDE = 3 * PANEL_ROWS };
+    enum { TOKENS = 21, STRIDE = 3 * PANEL_ROWS };
     for (size_t c = 0; c < 2 * COLS_COUNT; c++) {
         // All of a panel's columns, or all but the last 32.
         size_t panel_cols = COLS[c / 2], cols = panel_cols - c % 2 * 32, offset = c & 2 ? 32 : 0;
@@ -277,7 +277,7 @@ static void test_unpacked(const struct Kernels *table, uint32_t dtype, enum Pane
             for (size_t i = 0; i < 2; i++) {
                 for (size_t j = 0; j < TOKENS * STRIDE; j++) out[i][j / STRIDE][j % STRIDE] = (float)(j % 5);
                 tables[i]->unpack[dtype](panel, panel_cols, first, depth, bytes, scales);
-                for (size_t n = 1, t = 0; t < TOKENS; t += n, n = min_size(n + 1, TOKENS - t))   // 1, 2, 3, 4, 5, 4
+                for (size_t n = 1, t = 0; t < TOKENS; t += n, n = min_size(n + 1, TOKENS - t))   // 1, 2, 3, 4, 5, 6
                     tables[i]->multiply_unpacked[dtype](bytes, scales, depth, rows + t, first, n, first > 0 || n % 2,
                                                         out[i][t] + PANEL_ROWS, STRIDE);
             }
