@@ -260,10 +260,79 @@ AVX2_INLINE void product_q8_avx2_tile(const uint8_t *panel, size_t cols, const s
     }
 }
 
+// part + the products of 8 rows' weights (low: columns 0 to 3 of eight, high: 4 to 7) and a token's quants, times the rows' scales,
+// 16-bit numbers that stand twice in each lane. |quant| is multiplied by the weight with the quant's sign: the magnitudes of one
+// token's quants serve all rows. In one piece, since compilers that may move its eight instructions about run out of registers.
+AVX2_INLINE __m256i add_scaled_products_avx2(__m256i part, __m256i low, __m256i high, const __m256i *quants,
+                                             const __m256i *magnitudes, __m256i scales) {
+    __asm__("vpsignb %3, %1, %1\n\t"
+            "vpsignb %4, %2, %2\n\t"
+            "vpmaddubsw %1, %5, %1\n\t"
+            "vpmaddubsw %2, %6, %2\n\t"
+            "vpmaddwd %7, %1, %1\n\t"
+            "vpmaddwd %7, %2, %2\n\t"
+            "vpaddd %1, %0, %0\n\t"
+            "vpaddd %2, %0, %0"
+            : "+x"(part), "+x"(low), "+x"(high)
+            : "x"(quants[0]), "x"(quants[1]), "x"(magnitudes[0]), "x"(magnitudes[1]), "x"(scales));
+    return part;
+}
+
+// Decode on a processor without VNNI, where instructions, not memory, could be what limits it: each group's scales go into the
+// products where pairs of them are added up, instead of into the group's sum.
+AVX2_INLINE void product_q4_one_token_avx2(const uint8_t *panel, size_t cols, const struct Row *x, float *out) {
+    const __m128i single_table = _mm_loadu_si128((const __m128i *)(const void *)Q4_TABLE);
+    const __m256i table = _mm256_broadcastsi128_si256(single_table), nibble = _mm256_set1_epi8(15);
+    const __m256i each_four_times = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, //
+                                                     4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
+    const float *row_scales = (const float *)(const void *)panel;          // [32]
+    panel += panel_head_bytes(DTYPE_Q4);
+    for (size_t first = 0; first < cols; first += K_BLOCK) {
+        size_t length = min_size(K_BLOCK, cols - first);
+        const uint8_t *sub = panel;                                        // [length/32][32]
+        const uint8_t *w = panel + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
+        const int8_t *q = x->quants + first;
+        for (size_t i = 0; i < block_head_bytes(DTYPE_Q4, length); i += 128) prefetch_weights(sub + i);
+        __m256i part[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+        for (size_t group = 0; group < length; group += K_GROUP, sub += PANEL_ROWS) {
+            __m256i scales[4], shift = _mm256_set1_epi32(Q4_SHIFT * x->sums[(first + group) / K_GROUP] & 0xffff); // as 16 bits, and 0
+            UNROLL for (size_t v = 0; v < 4; v++) {
+                int64_t eight;
+                memcpy(&eight, sub + 8 * v, sizeof eight);
+                __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), each_four_times);
+                __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi8(-2));
+                __m256i is_shifted = _mm256_and_si256(bytes, _mm256_set1_epi32(1));
+                scales[v] = _mm256_srai_epi16(even, 8);
+                part[v] = _mm256_add_epi32(part[v], _mm256_madd_epi16(_mm256_maddubs_epi16(is_shifted, even), shift));
+            }
+            UNROLL for (size_t k = 0; k < K_GROUP; k += 8, q += 8, w += 4 * PANEL_ROWS) {
+                prefetch_weights(w);
+                const __m256i quants[2] = {broadcast_quants_avx2(q), broadcast_quants_avx2(q + 4)};
+                const __m256i magnitudes[2] = {_mm256_abs_epi8(quants[0]), _mm256_abs_epi8(quants[1])};
+                UNROLL for (size_t v = 0; v < 4; v++) {
+                    __m256i pairs = load_bytes_avx2(w + 32 * v);
+                    __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(pairs, nibble));
+                    __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble));
+                    part[v] = add_scaled_products_avx2(part[v], low, high, quants, magnitudes, scales[v]);
+                }
+            }
+        }
+        __m256 x_scale = _mm256_set1_ps(x->scales[first / K_BLOCK]);
+        UNROLL for (size_t v = 0; v < 4; v++) add_scaled_avx2(out + 8 * v, part[v], x_scale, first == 0);
+        panel = w;
+    }
+    for (size_t i = 0; i < PANEL_ROWS; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_loadu_ps(out + i), _mm256_loadu_ps(row_scales + i)));
+}
+
 // The table values get 128 added where vnni asks for it, and the shift of a row that has it is not added to its weights
 // but, times the sum of the 32 quants, to the sum.
 AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
                                       const size_t vectors, float *out, const bool vnni) {
+    if (n == 1 && !vnni) {
+        product_q4_one_token_avx2(panel, cols, x, out);
+        return;
+    }
     const __m256i flip = vnni ? _mm256_set1_epi8((char)0x80) : _mm256_setzero_si256();
     const __m128i signed_table = _mm_loadu_si128((const __m128i *)(const void *)Q4_TABLE);
     const __m256i table = _mm256_xor_si256(_mm256_broadcastsi128_si256(signed_table), flip);
