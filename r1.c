@@ -82,6 +82,11 @@ static double clock_seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
 static void *allocate(size_t bytes) {
     void *memory = calloc(1, bytes ? bytes : 1);
     if (!memory) die("out of memory: %zu MB more were needed", bytes >> 20);
@@ -1259,6 +1264,15 @@ static const struct Kernels portable_kernels = {
     .macs_per_round = PORTABLE_PROBE_MACS,
 };
 
+// How the kernels of x86-64 ask for weights before they multiply them; the processor's own prefetcher stops at the end of each 4 KB
+// page. What is best on one processor costs a quarter of the speed on another, so decode tries these ways: see try_prefetching().
+#define PREFETCHING_WAYS 5
+static const struct Prefetching {
+    size_t bytes;                 // how far ahead
+    bool first_only;              // into the first cache alone ("non-temporal"), not into the second
+} prefetching_ways[PREFETCHING_WAYS] = {{1024, false}, {2048, false}, {4096, false}, {1536, true}, {6144, true}};
+static struct Prefetching prefetching;
+
 #if defined(__x86_64__) && __has_include("kernels/avx2.h")
 #include "kernels/avx2.h"
 #endif
@@ -1294,9 +1308,6 @@ static size_t list_kernels(const struct Kernels **list) {
 
 // --isa NAME: the table of that name, NULL if the processor lacks it; "auto" takes the best.
 static const struct Kernels *choose_kernels(const char *name) {
-#ifdef R1_AVX2_KERNELS
-    set_prefetching();
-#endif
     const struct Kernels *list[MAX_KERNEL_TABLES];
     size_t count = list_kernels(list);
     for (size_t i = 0; i < count; i++)
@@ -1375,6 +1386,15 @@ struct Worker {
     uint8_t *block_keys, *block_values;   // a block like one of the cache
 };
 
+// The times of the first layers that are decoded, each with another way of asking for weights.
+#define TRIAL_ROUNDS 20
+struct Trial {
+    size_t layers;                // tried so far
+    size_t way;                   // of the layer at hand; of all to come when the trial is over
+    double start;                 // of the layer at hand, by the clock
+    double seconds[PREFETCHING_WAYS][TRIAL_ROUNDS];
+};
+
 struct Session {
     const struct Model *model;
     struct Team *team;
@@ -1386,6 +1406,7 @@ struct Session {
     const uint32_t *tokens;
     size_t n;
     enum LogitsWanted { LOGITS_NONE, LOGITS_LAST, LOGITS_ALL } wanted;
+    struct Trial trial;
 
     double *inverse_frequencies;  // [rope dim / 2]
     float rope_magnitude;         // factor of cos and sin
@@ -1620,6 +1641,7 @@ static struct Session *session_create(const struct Model *model, struct Team *te
         if (2 * lora > nope + v) s->expand_tokens = max_size(EXACT_TOKENS + 1, ceil_div(lora * (nope + v), 2 * lora - nope - v));
     }
     init_rope(s);
+    prefetching = prefetching_ways[s->trial.way];
     return s;
 }
 
@@ -2783,6 +2805,29 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
     team_barrier(s->team);
 }
 
+// The way with the smallest median.
+static size_t find_fastest_way(struct Trial *trial) {
+    size_t fastest = 0;
+    for (size_t way = 0; way < PREFETCHING_WAYS; way++) {
+        qsort(trial->seconds[way], TRIAL_ROUNDS, sizeof *trial->seconds[way], compare_doubles);
+        if (trial->seconds[way][TRIAL_ROUNDS / 2] < trial->seconds[fastest][TRIAL_ROUNDS / 2]) fastest = way;
+    }
+    return fastest;
+}
+
+// One thread calls it at the end of a layer, when no thread multiplies weights. In each round every way has one layer; after some rounds
+// they change places, lest a way always have the same layers of a model of 5 or 10. No result depends on it.
+static void try_prefetching(struct Session *s) {
+    struct Trial *trial = &s->trial;
+    if (s->n > 1 || trial->layers == PREFETCHING_WAYS * TRIAL_ROUNDS) return;
+    double now = clock_seconds();
+    trial->seconds[trial->way][trial->layers / PREFETCHING_WAYS] = now - trial->start;
+    trial->start = now;
+    size_t next = ++trial->layers;
+    trial->way = next < PREFETCHING_WAYS * TRIAL_ROUNDS ? (next + next / TRIAL_ROUNDS) % PREFETCHING_WAYS : find_fastest_way(trial);
+    prefetching = prefetching_ways[trial->way];
+}
+
 // What each thread does for one micro-batch.
 static void run_forward(void *argument, int thread) {
     struct Session *s = argument;
@@ -2798,6 +2843,7 @@ static void run_forward(void *argument, int thread) {
         run_attention(s, thread, layer);
         norm_tokens(s, thread, model->layers[layer].post_attention_norm);
         run_feed_forward(s, thread, layer);
+        if (thread == 0) try_prefetching(s);
     }
     if (s->wanted == LOGITS_NONE) return;
     norm_tokens(s, thread, model->final_norm);
@@ -2811,6 +2857,7 @@ static void forward(struct Session *s, const uint32_t *tokens, size_t n, enum Lo
     s->tokens = tokens;
     s->n = n;
     s->wanted = wanted;
+    s->trial.start = clock_seconds();
     team_run(s->team, run_forward, s);
     s->position += n;
 }
@@ -3436,11 +3483,6 @@ static void parse_ids(const char *text, size_t bytes, uint64_t limit, const char
             die("%s: id %zu: %" PRIu64 " is beyond the vocabulary, whose ids are 0 to %" PRIu64, place, number, id, limit - 1);
         push_id(out, (uint32_t)id);
     }
-}
-
-static int compare_doubles(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
 }
 
 // `r1 bench` and `r1 perplexity`: how fast and how good a model is. They use the engine and are no part of it, so they have a

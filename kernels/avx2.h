@@ -24,27 +24,6 @@
 #define FINISH(sum) __asm__ volatile("" : "+x"(sum))
 #endif
 
-// How the weights to come are asked for: the processor's own prefetcher stops at the end of each 4 KB page. What is best was
-// measured on each kind of processor, and costs a quarter of the speed on another. Zen 4 wants them a little ahead and in the
-// second cache: a request for the first takes one of the few places that wait for memory away from the loads themselves. Zen 3 and
-// Zen 5 want them in the first, from further ahead; they pass the second by there, where inputs, cache and code stay. On a Xeon of
-// 2024 (Emerald Rapids) a core has q4 at 7.7 GB/s from 1 KB ahead and at 10.6 from 4 KB; one of 2023 takes any of these distances.
-static struct {
-    size_t bytes;                 // how far ahead
-    bool first_only;              // into the first cache alone ("non-temporal"), not into the second
-} prefetching = {1024, false};
-
-static void set_prefetching(void) {
-    unsigned eax, ebx, ecx, edx;
-    if (__builtin_cpu_is("intel")) prefetching.bytes = 4096;
-    if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return;
-    unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
-    if (family >= 0x1a) prefetching.bytes = 6144;                          // since Zen 5
-    else if (__builtin_cpu_supports("avx512f")) return;                    // Zen 4
-    else prefetching.bytes = 1536;                                         // up to Zen 3
-    prefetching.first_only = true;
-}
-
 // Asks for the 128 bytes so far behind w. An address that is not there is no error.
 INLINE void prefetch_weights(const void *w) {
     const void *first = (const void *)((uintptr_t)w + prefetching.bytes), *second = (const void *)((uintptr_t)first + 64);

@@ -580,6 +580,36 @@ static void test_pieces(void) {
     report("attention's pieces: every query meets every position once, and of a token the threads have about as much work");
 }
 
+// Of a few layers, which may differ much, each is to meet nearly every way of asking for weights; of any number every way is to have its
+// rounds. The way with the smallest median is to stay, 2 in the first case, where way 0 has the smallest time and way 4 the smallest mean.
+static void test_trial(void) {
+    struct Trial trial = {0};
+    for (size_t way = 0; way < PREFETCHING_WAYS; way++)
+        for (size_t i = 0; i < TRIAL_ROUNDS; i++) {
+            double times[PREFETCHING_WAYS] = {i % 3 ? 9 : 1, 7, i % 3 ? 4 : 40, 6, 5};
+            trial.seconds[way][i] = times[way];
+        }
+    size_t fastest = find_fastest_way(&trial);
+    EXPECT(fastest == 2, "way %zu, not 2", fastest);
+    for (size_t layers = 1; layers <= 80; layers++) {
+        static struct Session session;
+        unsigned met[80] = {0};                                            // by layer, a bit for each way
+        session = (struct Session){.n = 1};
+        for (size_t i = 0; i < 2 * PREFETCHING_WAYS * TRIAL_ROUNDS; i++) {
+            if (session.trial.layers < PREFETCHING_WAYS * TRIAL_ROUNDS) met[i % layers] |= 1u << session.trial.way;
+            session.trial.start = -1;
+            try_prefetching(&session);
+        }
+        for (size_t layer = 0; layer < layers && layers <= 10; layer++)
+            EXPECT(__builtin_popcount(met[layer]) >= 4, "layer %zu of %zu meets %d ways", layer, layers, __builtin_popcount(met[layer]));
+        for (size_t i = 0; i < PREFETCHING_WAYS * TRIAL_ROUNDS; i++)
+            EXPECT(session.trial.seconds[i / TRIAL_ROUNDS][i % TRIAL_ROUNDS] > 0, "%zu layers: way %zu has a round without a time", layers, i / TRIAL_ROUNDS);
+        const struct Prefetching *found = &prefetching_ways[session.trial.way];
+        EXPECT(prefetching.bytes == found->bytes && prefetching.first_only == found->first_only, "%zu layers: the way found is not in use", layers);
+    }
+    report("the trial of ways to ask for weights: all get their turns, the smallest median stays");
+}
+
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc == 5 && strcmp(argv[1], "--synthetic") == 0) {
@@ -593,6 +623,7 @@ int main(int argc, char **argv) {
     test_utf8_stream();
     test_items();
     test_pieces();
+    test_trial();
     test_groups();
     for (int i = 1; i < argc; i++) test_loader(argv[i]);
     for (int i = 1; i < argc; i++) test_forward(argv[i]);
