@@ -1265,7 +1265,8 @@ static const struct Kernels portable_kernels = {
 };
 
 // How the kernels of x86-64 ask for weights before they multiply them; the processor's own prefetcher stops at the end of each 4 KB
-// page. What is best on one processor costs a quarter of the speed on another, so decode tries these ways: see try_prefetching().
+// page. What is best on one processor costs a quarter of the speed on another, so decode tries these ways: see try_prefetching(). Other
+// kernels ask for nothing, and the trial changes nothing.
 #define PREFETCHING_WAYS 5
 static const struct Prefetching {
     size_t bytes;                 // how far ahead
@@ -1314,6 +1315,10 @@ static const struct Kernels *choose_kernels(const char *name) {
         if (strcmp(name, "auto") == 0 || strcmp(name, list[i]->name) == 0) return list[i];
     return NULL;
 }
+
+#ifndef R1_AVX2_KERNELS
+static size_t guess_prefetching(void) { return 0; }
+#endif
 
 // ====================================================================================================================
 // The session: memory for a sequence and for the work on a micro-batch
@@ -1388,8 +1393,10 @@ struct Worker {
 
 // The times of the first layers that are decoded, each with another way of asking for weights.
 #define TRIAL_ROUNDS 20
+_Static_assert(TRIAL_ROUNDS % PREFETCHING_WAYS == 0, "the order moves on between whole rounds");
 struct Trial {
     size_t layers;                // tried so far
+    size_t guess;                 // the way that prefill starts with, and that others must beat
     size_t way;                   // of the layer at hand; of all to come when the trial is over
     double start;                 // of the layer at hand, by the clock
     double seconds[PREFETCHING_WAYS][TRIAL_ROUNDS];
@@ -1401,12 +1408,12 @@ struct Session {
     const struct Kernels *kernels;
     struct SessionOptions options;
     size_t position;              // tokens in the cache; setting it lower forgets the last ones
+    struct Trial trial;
 
     // The micro-batch at hand
     const uint32_t *tokens;
     size_t n;
     enum LogitsWanted { LOGITS_NONE, LOGITS_LAST, LOGITS_ALL } wanted;
-    struct Trial trial;
 
     double *inverse_frequencies;  // [rope dim / 2]
     float rope_magnitude;         // factor of cos and sin
@@ -1641,7 +1648,7 @@ static struct Session *session_create(const struct Model *model, struct Team *te
         if (2 * lora > nope + v) s->expand_tokens = max_size(EXACT_TOKENS + 1, ceil_div(lora * (nope + v), 2 * lora - nope - v));
     }
     init_rope(s);
-    prefetching = prefetching_ways[s->trial.way];
+    s->trial.guess = s->trial.way = guess_prefetching();
     return s;
 }
 
@@ -2805,18 +2812,19 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
     team_barrier(s->team);
 }
 
-// The way with the smallest median.
+// The way that was fastest, by the lower quarter of its times (layers may have waited for the disk or for another program), or the
+// guess, if that is within 2 % of it. Sorts the times.
 static size_t find_fastest_way(struct Trial *trial) {
-    size_t fastest = 0;
-    for (size_t way = 0; way < PREFETCHING_WAYS; way++) {
-        qsort(trial->seconds[way], TRIAL_ROUNDS, sizeof *trial->seconds[way], compare_doubles);
-        if (trial->seconds[way][TRIAL_ROUNDS / 2] < trial->seconds[fastest][TRIAL_ROUNDS / 2]) fastest = way;
-    }
-    return fastest;
+    size_t fastest = trial->guess, nth = TRIAL_ROUNDS / 4;
+    for (size_t way = 0; way < PREFETCHING_WAYS; way++) qsort(trial->seconds[way], TRIAL_ROUNDS, sizeof *trial->seconds[way], compare_doubles);
+    for (size_t way = 0; way < PREFETCHING_WAYS; way++)
+        if (trial->seconds[way][nth] < trial->seconds[fastest][nth]) fastest = way;
+    return trial->seconds[fastest][nth] < 0.98 * trial->seconds[trial->guess][nth] ? fastest : trial->guess;
 }
 
-// One thread calls it at the end of a layer, when no thread multiplies weights. In each round every way has one layer; after some rounds
-// they change places, lest a way always have the same layers of a model of 5 or 10. No result depends on it.
+// Thread 0 calls it at the end of a layer: the others can get no further than the barrier of norm_tokens(), before which nobody asks for
+// weights. In a round every way has one layer. After TRIAL_ROUNDS layers the order moves on by one, lest a way always have the same layers
+// of a model of 5 or 10. The logits do not depend on it.
 static void try_prefetching(struct Session *s) {
     struct Trial *trial = &s->trial;
     if (s->n > 1 || trial->layers == PREFETCHING_WAYS * TRIAL_ROUNDS) return;
@@ -2824,7 +2832,7 @@ static void try_prefetching(struct Session *s) {
     trial->seconds[trial->way][trial->layers / PREFETCHING_WAYS] = now - trial->start;
     trial->start = now;
     size_t next = ++trial->layers;
-    trial->way = next < PREFETCHING_WAYS * TRIAL_ROUNDS ? (next + next / TRIAL_ROUNDS) % PREFETCHING_WAYS : find_fastest_way(trial);
+    trial->way = next < PREFETCHING_WAYS * TRIAL_ROUNDS ? (trial->guess + next + next / TRIAL_ROUNDS) % PREFETCHING_WAYS : find_fastest_way(trial);
     prefetching = prefetching_ways[trial->way];
 }
 
@@ -2858,6 +2866,7 @@ static void forward(struct Session *s, const uint32_t *tokens, size_t n, enum Lo
     s->n = n;
     s->wanted = wanted;
     s->trial.start = clock_seconds();
+    prefetching = prefetching_ways[s->trial.way];
     team_run(s->team, run_forward, s);
     s->position += n;
 }
