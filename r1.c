@@ -1271,7 +1271,9 @@ static const struct Kernels portable_kernels = {
 static const struct Prefetching {
     size_t bytes;                 // how far ahead
     bool first_only;              // into the first cache alone ("non-temporal"), not into the second
-} prefetching_ways[PREFETCHING_WAYS] = {{1024, false}, {2048, false}, {4096, false}, {1536, true}, {6144, true}};
+} prefetching_ways[PREFETCHING_WAYS] = {
+    [0] = {1024, false}, [1] = {2048, false}, [2] = {4096, false}, [3] = {1536, true}, [4] = {6144, true}, // guess_prefetching() names them
+};
 static struct Prefetching prefetching;
 
 #if defined(__x86_64__) && __has_include("kernels/avx2.h")

@@ -340,12 +340,14 @@ static void test_forward(const char *path) {
                 uint32_t token = sample_token(&sampler, session->logits);
                 forward(session, &token, 1, LOGITS_LAST);
             }
+            size_t tried = min_size(4 * model->config.num_hidden_layers, PREFETCHING_WAYS * TRIAL_ROUNDS);
+            EXPECT(session->trial.layers == tried, "%zu layers tried a way to ask for weights, not %zu", session->trial.layers, tried);
             EXPECT(allocations == before, "%s, %s cache: %zu allocations", list[i]->name, cache_names[cache], allocations - before);
             for (size_t k = 0; k < model->config.vocab_size; k++) EXPECT(isfinite(session->logits[k]), "logit %zu is not finite", k);
             session_free(session);
         }
     }
-    report("%s: a forward pass allocates nothing", name);
+    report("%s: a forward pass allocates nothing, and decode tries ways to ask for weights", name);
 
     // Weights that are no numbers, or any: garbage out, but nothing worse.
     size_t data = align_up(file.metadata, FORMAT_PAGE);
@@ -596,6 +598,7 @@ static void test_trial(void) {
     report("the trial of ways to ask for weights: the fastest wins, if it is faster than the guess");
 
     // Of a few layers, which may differ much, each is to meet nearly every way.
+    EXPECT(guess_prefetching() < PREFETCHING_WAYS, "the guess is no way");
     for (size_t layers = 1; layers <= 10; layers++) {
         static struct Session session;
         unsigned met[10] = {0};                                            // by layer, a bit for each way
