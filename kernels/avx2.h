@@ -865,9 +865,9 @@ AVX2 static void float_to_half_avx2(const float *x, uint16_t *half, size_t n) {
     for (; i < n; i++) half[i] = half_from_float(x[i]);
 }
 
-// One stage of hadamard_down(), and all of it, of 16 rows of 8 columns that stand in registers.
-AVX2_INLINE void hadamard_stage_avx2(__m256 *row, const size_t half) {
-    _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) {
+// One stage of hadamard_down(), and all of it, of 4, 8 or 16 rows that stand in registers.
+AVX2_INLINE void hadamard_stage_avx2(__m256 *row, const size_t rows, const size_t half) {
+    _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) {
         if (r & half) continue;
         __m256 sum = _mm256_add_ps(row[r], row[r + half]);
         row[r + half] = _mm256_sub_ps(row[r], row[r + half]);
@@ -875,11 +875,11 @@ AVX2_INLINE void hadamard_stage_avx2(__m256 *row, const size_t half) {
     }
 }
 
-AVX2_INLINE void hadamard_16_avx2(__m256 *row) {
-    hadamard_stage_avx2(row, 1);
-    hadamard_stage_avx2(row, 2);
-    hadamard_stage_avx2(row, 4);
-    hadamard_stage_avx2(row, 8);
+AVX2_INLINE void hadamard_avx2(__m256 *row, const size_t rows) {
+    hadamard_stage_avx2(row, rows, 1);
+    hadamard_stage_avx2(row, rows, 2);
+    if (rows > 4) hadamard_stage_avx2(row, rows, 4);
+    if (rows > 8) hadamard_stage_avx2(row, rows, 8);
 }
 
 // Two vectors of 4 floats, one in each half.
@@ -887,39 +887,50 @@ AVX2_INLINE __m256 load_halves_avx2(const float *low, const float *high) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
 }
 
-// A whole k-block, [16][16]: 8 columns at a time stand in the 16 registers; shorter blocks are rare.
-AVX2 static void rotate_columns_avx2(const float *x, size_t n, float *out) {
-    if (n != K_BLOCK) {
-        rotate_columns_body(x, n, out);
-        return;
-    }
+// A block of [rows][16] down its columns, 8 of them at a time, and transposed, [16][rows], down its columns again. Of 4 rows the
+// transposed ones have 4 columns; those stand in both halves of a register then.
+AVX2_INLINE void rotate_rows_avx2(const float *x, const size_t rows, float *out) {
     float turned[K_BLOCK] __attribute__((aligned(32)));
-    const __m256 sign = _mm256_set1_ps(-0.0f), norm = _mm256_set1_ps(rotation_norm(K_BLOCK));
+    const __m256 sign = _mm256_set1_ps(-0.0f), norm = _mm256_set1_ps(rotation_norm(rows * 16));
     const __m256i place = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
     __m256 row[16];
     for (size_t c = 0; c < 16; c += 8) {
-        _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) {
+        _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) {
             // Each column's bit, shifted to where a float has its sign.
             __m256i bits = _mm256_set1_epi32((int32_t)(rotation_signs[r / 2] >> (r % 2 * 16 + c)));
             __m256 minus = _mm256_and_ps(_mm256_castsi256_ps(_mm256_sllv_epi32(bits, place)), sign);
             row[r] = _mm256_xor_ps(_mm256_loadu_ps(x + r * 16 + c), minus);
         }
-        hadamard_16_avx2(row);
-        _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) _mm256_store_ps(turned + r * 16 + c, row[r]);
+        hadamard_avx2(row, rows);
+        _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) _mm256_store_ps(turned + r * 16 + c, row[r]);
     }
-    for (size_t r = 0; r < 16; r += 8) {                 // rows r to r + 7, transposed, are columns r to r + 7
+    const size_t fifth = rows == 4 ? 0 : 64;             // the row in the upper half beside the first
+    for (size_t r = 0; r < rows; r += 8) {               // rows r to r + 7, transposed, are columns r to r + 7
         UNROLL for (size_t c = 0; c < 16; c += 4) {
             const float *from = turned + r * 16 + c;
-            __m256 a0 = load_halves_avx2(from, from + 64), a1 = load_halves_avx2(from + 16, from + 80);
-            __m256 a2 = load_halves_avx2(from + 32, from + 96), a3 = load_halves_avx2(from + 48, from + 112);
+            __m256 a0 = load_halves_avx2(from, from + fifth), a1 = load_halves_avx2(from + 16, from + 16 + fifth);
+            __m256 a2 = load_halves_avx2(from + 32, from + 32 + fifth), a3 = load_halves_avx2(from + 48, from + 48 + fifth);
             __m256 b0 = _mm256_unpacklo_ps(a0, a1), b1 = _mm256_unpackhi_ps(a0, a1);
             __m256 b2 = _mm256_unpacklo_ps(a2, a3), b3 = _mm256_unpackhi_ps(a2, a3);
             row[c] = _mm256_shuffle_ps(b0, b2, 0x44), row[c + 1] = _mm256_shuffle_ps(b0, b2, 0xee);
             row[c + 2] = _mm256_shuffle_ps(b1, b3, 0x44), row[c + 3] = _mm256_shuffle_ps(b1, b3, 0xee);
         }
-        hadamard_16_avx2(row);
-        _Pragma("GCC unroll 16") for (size_t c = 0; c < 16; c++)
-            _mm256_storeu_ps(out + c * 16 + r, _mm256_mul_ps(row[c], norm));
+        hadamard_avx2(row, 16);
+        _Pragma("GCC unroll 16") for (size_t c = 0; c < 16; c++) {
+            __m256 rotated = _mm256_mul_ps(row[c], norm);
+            if (rows == 4) _mm_storeu_ps(out + c * rows, _mm256_castps256_ps128(rotated));
+            else _mm256_storeu_ps(out + c * rows + r, rotated);
+        }
+    }
+}
+
+// Whole k-blocks, and what a q8 cache rotates: heads, mostly of 128 columns, and MLA's 64 that carry the position.
+AVX2 static void rotate_columns_avx2(const float *x, size_t n, float *out) {
+    switch (n) {
+    case 64: rotate_rows_avx2(x, 4, out); break;
+    case 128: rotate_rows_avx2(x, 8, out); break;
+    case 256: rotate_rows_avx2(x, 16, out); break;
+    default: rotate_columns_body(x, n, out);
     }
 }
 
