@@ -578,9 +578,9 @@ static float dot_neon(const float *x, const float *y, size_t n) {
     return total;
 }
 
-// One stage of hadamard_down(), and all of it, of 16 rows of 4 columns that stand in registers.
-INLINE void hadamard_stage_neon(float32x4_t *row, const size_t half) {
-    _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) {
+// One stage of hadamard_down(), and all of it, of 4, 8 or 16 rows that stand in registers.
+INLINE void hadamard_stage_neon(float32x4_t *row, const size_t rows, const size_t half) {
+    _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) {
         if (r & half) continue;
         float32x4_t sum = vaddq_f32(row[r], row[r + half]);
         row[r + half] = vsubq_f32(row[r], row[r + half]);
@@ -588,34 +588,30 @@ INLINE void hadamard_stage_neon(float32x4_t *row, const size_t half) {
     }
 }
 
-INLINE void hadamard_16_neon(float32x4_t *row) {
-    hadamard_stage_neon(row, 1);
-    hadamard_stage_neon(row, 2);
-    hadamard_stage_neon(row, 4);
-    hadamard_stage_neon(row, 8);
+INLINE void hadamard_neon(float32x4_t *row, const size_t rows) {
+    hadamard_stage_neon(row, rows, 1);
+    hadamard_stage_neon(row, rows, 2);
+    if (rows > 4) hadamard_stage_neon(row, rows, 4);
+    if (rows > 8) hadamard_stage_neon(row, rows, 8);
 }
 
-// A whole k-block, [16][16]: 4 columns at a time stand in 16 registers; shorter blocks are rare.
-static void rotate_columns_neon(const float *x, size_t n, float *out) {
-    if (n != K_BLOCK) {
-        rotate_columns_body(x, n, out);
-        return;
-    }
+// A block of [rows][16] down its columns, 4 of them at a time, and transposed, [16][rows], down its columns again.
+INLINE void rotate_rows_neon(const float *x, const size_t rows, float *out) {
     float turned[K_BLOCK];
     const uint32x4_t sign = vdupq_n_u32(0x80000000);
     const int32x4_t place = {31, 30, 29, 28};
     float32x4_t row[16];
     for (size_t c = 0; c < 16; c += 4) {
-        _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) {
+        _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) {
             // Each column's bit, shifted to where a float has its sign.
             uint32x4_t bits = vdupq_n_u32(rotation_signs[r / 2] >> (r % 2 * 16 + c));
             uint32x4_t minus = vandq_u32(vshlq_u32(bits, place), sign);
             row[r] = vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(vld1q_f32(x + r * 16 + c)), minus));
         }
-        hadamard_16_neon(row);
-        _Pragma("GCC unroll 16") for (size_t r = 0; r < 16; r++) vst1q_f32(turned + r * 16 + c, row[r]);
+        hadamard_neon(row, rows);
+        _Pragma("GCC unroll 16") for (size_t r = 0; r < rows; r++) vst1q_f32(turned + r * 16 + c, row[r]);
     }
-    for (size_t r = 0; r < 16; r += 4) {                 // rows r to r + 3, transposed, are columns r to r + 3
+    for (size_t r = 0; r < rows; r += 4) {               // rows r to r + 3, transposed, are columns r to r + 3
         UNROLL for (size_t c = 0; c < 16; c += 4) {
             const float *from = turned + r * 16 + c;
             float32x4x2_t a = vzipq_f32(vld1q_f32(from), vld1q_f32(from + 32));          // rows 0 and 2
@@ -623,9 +619,19 @@ static void rotate_columns_neon(const float *x, size_t n, float *out) {
             float32x4x2_t low = vzipq_f32(a.val[0], b.val[0]), high = vzipq_f32(a.val[1], b.val[1]);
             row[c] = low.val[0], row[c + 1] = low.val[1], row[c + 2] = high.val[0], row[c + 3] = high.val[1];
         }
-        hadamard_16_neon(row);
+        hadamard_neon(row, 16);
         _Pragma("GCC unroll 16") for (size_t c = 0; c < 16; c++)
-            vst1q_f32(out + c * 16 + r, vmulq_n_f32(row[c], rotation_norm(K_BLOCK)));
+            vst1q_f32(out + c * rows + r, vmulq_n_f32(row[c], rotation_norm(rows * 16)));
+    }
+}
+
+// Whole k-blocks, and what a q8 cache rotates: heads, mostly of 128 columns, and MLA's 64 that carry the position.
+static void rotate_columns_neon(const float *x, size_t n, float *out) {
+    switch (n) {
+    case 64: rotate_rows_neon(x, 4, out); break;
+    case 128: rotate_rows_neon(x, 8, out); break;
+    case 256: rotate_rows_neon(x, 16, out); break;
+    default: rotate_columns_body(x, n, out);
     }
 }
 
