@@ -38,9 +38,9 @@ static size_t guess_prefetching(void) {
 
 // Asks for the 128 bytes so far behind w. An address that is not there is no error.
 INLINE void prefetch_weights(const void *w) {
-    const void *first = (const void *)((uintptr_t)w + prefetching.bytes), *second = (const void *)((uintptr_t)first + 64);
-    if (prefetching.first_only) __builtin_prefetch(first, 0, 0), __builtin_prefetch(second, 0, 0);
-    else __builtin_prefetch(first, 0, 2), __builtin_prefetch(second, 0, 2);
+    const uint8_t *first = (const uint8_t *)((uintptr_t)w + prefetching.bytes);
+    if (prefetching.first_only) __builtin_prefetch(first, 0, 0), __builtin_prefetch(first + 64, 0, 0);
+    else __builtin_prefetch(first, 0, 2), __builtin_prefetch(first + 64, 0, 2);
 }
 
 // Four quants of a token in every lane.
@@ -303,6 +303,7 @@ AVX2_INLINE void product_q4_one_token_avx2(const uint8_t *panel, size_t cols, co
                 part[v] = _mm256_add_epi32(part[v], _mm256_madd_epi16(_mm256_maddubs_epi16(is_shifted, even), shift));
             }
             UNROLL for (size_t k = 0; k < K_GROUP; k += 8, q += 8, w += 4 * PANEL_ROWS) {
+                __asm__ volatile("" : "+r"(w), "+r"(q));                   // gcc would mix the steps and run out of registers
                 prefetch_weights(w);
                 const __m256i quants[2] = {broadcast_quants_avx2(q), broadcast_quants_avx2(q + 4)};
                 const __m256i magnitudes[2] = {_mm256_abs_epi8(quants[0]), _mm256_abs_epi8(quants[1])};
@@ -327,7 +328,9 @@ AVX2_INLINE void product_q4_one_token_avx2(const uint8_t *panel, size_t cols, co
 AVX2_INLINE void product_q4_avx2_tile(const uint8_t *panel, size_t cols, const struct Row *x, const size_t n,
                                       const size_t vectors, float *out, const bool vnni) {
     if (n == 1 && !vnni) {
-        product_q4_one_token_avx2(panel, cols, x, out);
+        // Two instances of the same lines, each of which knows how it asks for weights and need not look at every step.
+        if (prefetching.first_only) product_q4_one_token_avx2(panel, cols, x, out);
+        else product_q4_one_token_avx2(panel, cols, x, out);
         return;
     }
     const __m256i flip = vnni ? _mm256_set1_epi8((char)0x80) : _mm256_setzero_si256();
