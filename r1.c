@@ -1267,12 +1267,13 @@ static const struct Kernels portable_kernels = {
 // How the kernels of x86-64 ask for weights before they multiply them; the processor's own prefetcher stops at the end of each 4 KB
 // page. What is best on one processor costs a quarter of the speed on another, so decode tries these ways: see try_prefetching(). Other
 // kernels ask for nothing, and the trial changes nothing.
-#define PREFETCHING_WAYS 5
+#define PREFETCHING_WAYS 6
 static const struct Prefetching {
     size_t bytes;                 // how far ahead
     bool first_only;              // into the first cache alone ("non-temporal"), not into the second
 } prefetching_ways[PREFETCHING_WAYS] = {
-    [0] = {1024, false}, [1] = {2048, false}, [2] = {4096, false}, [3] = {1536, true}, [4] = {6144, true}, // guess_prefetching() names them
+    [0] = {1024, false}, [1] = {2048, false}, [2] = {4096, false},         // guess_prefetching() names them by their numbers
+    [3] = {1536, true}, [4] = {6144, true}, [5] = {3072, true},
 };
 static struct Prefetching prefetching;
 
@@ -1394,7 +1395,7 @@ struct Worker {
 };
 
 // The times of the first layers that are decoded, each with another way of asking for weights.
-#define TRIAL_ROUNDS 20
+#define TRIAL_ROUNDS 18
 _Static_assert(TRIAL_ROUNDS % PREFETCHING_WAYS == 0, "the order moves on between whole rounds");
 struct Trial {
     size_t layers;                // tried so far

@@ -589,7 +589,7 @@ static void test_trial(void) {
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         trial.guess = cases[c].guess;
         for (size_t i = 0; i < TRIAL_ROUNDS; i++) {
-            double times[PREFETCHING_WAYS] = {i % 7 ? 9 : 1, 7, i % 3 ? 40 : cases[c].second, 6, 6.1};
+            double times[PREFETCHING_WAYS] = {i % 7 ? 9 : 1, 7, i % 3 ? 40 : cases[c].second, 6, 6.1, 6.2};
             for (size_t way = 0; way < PREFETCHING_WAYS; way++) trial.seconds[way][i] = times[way];
         }
         size_t fastest = find_fastest_way(&trial);
