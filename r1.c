@@ -1272,7 +1272,7 @@ static const struct Prefetching {
     size_t bytes;                 // how far ahead
     bool first_only;              // into the first cache alone ("non-temporal"), not into the second
 } prefetching_ways[PREFETCHING_WAYS] = {
-    [0] = {1024, false}, [1] = {2048, false}, [2] = {4096, false},         // guess_prefetching() names them by their numbers
+    [0] = {192, true}, [1] = {0, true}, [2] = {4096, false},               // guess_prefetching() names them by their numbers
     [3] = {1536, true}, [4] = {6144, true}, [5] = {3072, true},
 };
 static struct Prefetching prefetching;

@@ -24,9 +24,9 @@
 #define FINISH(sum) __asm__ volatile("" : "+x"(sum))
 #endif
 
-// The number in prefetching_ways of what was best on processors of this kind. Zen 4 wants weights a little ahead and in the second
-// cache: a request for the first takes one of the few places that wait for memory away from the loads themselves. Zen 3 and Zen 5
-// want them in the first; they pass the second by there, where inputs, cache and code stay.
+// The number in prefetching_ways of what was best on processors of this kind. Zen 4 fetches ahead well by itself once it sees the lines
+// in order and in time: it wants no more than a hint of the next ones. Zen 3 and Zen 5 want weights from further away, in the first
+// cache; they pass the second by there, where inputs, cache and code stay. Intel's want them in the second.
 static size_t guess_prefetching(void) {
     unsigned eax, ebx, ecx, edx;
     if (__builtin_cpu_is("intel")) return 2;
