@@ -1271,9 +1271,10 @@ static const struct Kernels portable_kernels = {
 static const struct Prefetching {
     size_t bytes;                 // how far ahead
     bool first_only;              // into the first cache alone ("non-temporal"), not into the second
+    bool pages;                   // ask for the beginning of the page after the next, too: AVX-512 kernels of integers
 } prefetching_ways[PREFETCHING_WAYS] = {
-    [0] = {192, true}, [1] = {0, true}, [2] = {4096, false},               // guess_prefetching() names them by their numbers
-    [3] = {1536, true}, [4] = {6144, true}, [5] = {3072, true},
+    [0] = {192, true, true}, [1] = {0, true, true}, [2] = {4096, false, false},    // guess_prefetching() names them by their numbers
+    [3] = {1536, true, false}, [4] = {6144, true, false}, [5] = {3072, true, false},
 };
 static struct Prefetching prefetching;
 
