@@ -79,14 +79,22 @@ static void fill_weights(void *argument, int thread) {
 // What the machine can do
 //
 // Decoding cannot be faster than memory is read, prefill not faster than integers are multiplied. `r1 bench` measures
-// these limits before and after every measurement, with all threads: machines differ, and a cloud moves its guests to
-// other cores while they run, which can change what they read in a second by half.
+// these limits with all threads while it measures a model: machines differ, and a cloud moves its guests to other cores
+// while they run, which can change what they read in a second by half. So a slice of memory is read after each token that
+// is decoded; the multiplications are measured before and after a prefill.
 // ====================================================================================================================
 
 #define PROBE_PASSES 4            // the best one counts
-#define PROBE_AHEAD 6144          // bytes; what every second pass asks for: some machines read faster so, by 8 %
 #define PROBE_SECONDS 2.0         // after which there are no more passes
 #define PROBE_BYTES ((uint64_t)2 << 30)
+#define PROBE_SLICE ((size_t)64 << 20)
+#define READING_MANNERS 3
+
+// What to ask for while reading: each is the fastest on some processor, by up to 15 %.
+static const struct {
+    size_t ahead;                 // bytes; 0: nothing
+    bool pages;                   // the beginnings of pages, too
+} reading_manners[READING_MANNERS] = {{0, false}, {6144, false}, {128, true}};
 
 struct Machine {
     double read_gb_s;             // 10^9 bytes a second, from huge pages; 0 if there was no memory for it
@@ -98,7 +106,9 @@ struct Probe {
     const struct Kernels *kernels;
     uint8_t *bytes;               // [count] to be read; NULL if there was no memory
     size_t count;
-    size_t ahead;                 // how far ahead reading asks for bytes; 0: it does not
+    size_t first, length;         // of the slice being read
+    size_t manner;                // and how it is read
+    struct { double bytes, seconds; } read[READING_MANNERS];   // so far
     uint64_t rounds;
     enum { PROBE_TOUCH, PROBE_READ, PROBE_MULTIPLY } what;
     atomic_uint_fast64_t result;  // of no meaning; keeps the compiler from dropping the reads
@@ -111,33 +121,36 @@ static void run_probe(void *argument, int thread) {
         return;
     }
     size_t first, end;
-    static_share(probe->team, thread, probe->count / 4096, &first, &end);
-    uint8_t *share = probe->bytes + first * 4096;
+    static_share(probe->team, thread, probe->length / 4096, &first, &end);
+    uint8_t *share = probe->bytes + probe->first + first * 4096;
     size_t count = (end - first) * 4096;
-    if (probe->what == PROBE_TOUCH) memset(share, 1, count);
-    else atomic_fetch_add(&probe->result, probe->kernels->read_probe(share, count, probe->ahead));
+    if (probe->what == PROBE_TOUCH)   // numbers that differ: a host may keep pages of the same bytes once
+        for (size_t i = 0; i < count; i += sizeof(uint64_t)) *(uint64_t *)(void *)(share + i) = ((uintptr_t)share + i) * 0x9e3779b97f4a7c15;
+    else atomic_fetch_add(&probe->result, probe->kernels->read_probe(share, count, reading_manners[probe->manner].ahead,
+                                                                     reading_manners[probe->manner].pages));
 }
 
-// Seconds that all threads take for it, the best of a few times.
 static double time_probe(struct Probe *probe, int what) {
+    double start = clock_seconds();
     probe->what = what;
+    team_run(probe->team, run_probe, probe);
+    return clock_seconds() - start;
+}
+
+// Seconds that multiplying takes, the best of a few times.
+static double time_multiplying(struct Probe *probe) {
     double best = INFINITY, began = clock_seconds();
-    for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++) {
-        double start = clock_seconds();
-        probe->ahead = pass % 2 ? PROBE_AHEAD : 0;
-        team_run(probe->team, run_probe, probe);
-        best = fmin(best, clock_seconds() - start);
-    }
+    for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++) best = fmin(best, time_probe(probe, PROBE_MULTIPLY));
     return best;
 }
 
 // Takes memory to read from, up to half of `room` bytes.
 static struct Probe open_probe(struct Team *team, const struct Kernels *kernels, uint64_t room) {
-    struct Probe probe = {.team = team, .kernels = kernels, .rounds = 1000, .what = PROBE_TOUCH};
-    probe.count = (size_t)(room / 2 < PROBE_BYTES ? room / 2 : PROBE_BYTES) / 4096 * 4096;
+    struct Probe probe = {.team = team, .kernels = kernels, .rounds = 1000};
+    probe.count = probe.length = (size_t)(room / 2 < PROBE_BYTES ? room / 2 : PROBE_BYTES) / 4096 * 4096;
     probe.bytes = probe.count ? map_memory(probe.count) : NULL;
-    if (probe.bytes) team_run(team, run_probe, &probe);
-    while (time_probe(&probe, PROBE_MULTIPLY) < 0.02) probe.rounds *= 2;   // shorter is not exact
+    if (probe.bytes) time_probe(&probe, PROBE_TOUCH);
+    while (time_multiplying(&probe) < 0.02) probe.rounds *= 2;   // shorter is not exact
     return probe;
 }
 
@@ -145,12 +158,39 @@ static void close_probe(struct Probe *probe) {
     if (probe->bytes) munmap(probe->bytes, probe->count);
 }
 
+static void forget_reading(struct Probe *probe) { memset(probe->read, 0, sizeof probe->read); }
+
+// Reads the next slice in the next manner.
+static void read_slice(struct Probe *probe) {
+    if (!probe->bytes) return;
+    probe->first = probe->first + probe->length < probe->count ? probe->first + probe->length : 0;
+    probe->length = min_size(PROBE_SLICE, probe->count - probe->first);
+    probe->manner = (probe->manner + 1) % READING_MANNERS;
+    probe->read[probe->manner].seconds += time_probe(probe, PROBE_READ);
+    probe->read[probe->manner].bytes += (double)probe->length;
+}
+
+// 10^9 bytes a second in the manner that was fastest since forget_reading(); 0 if nothing was read.
+static double find_read_gb_s(const struct Probe *probe) {
+    double fastest = 0;
+    for (size_t i = 0; i < READING_MANNERS; i++)
+        if (probe->read[i].seconds > 0) fastest = fmax(fastest, probe->read[i].bytes / probe->read[i].seconds / 1e9);
+    return fastest;
+}
+
+// The best of a few passes over all the memory.
 static double measure_reading(struct Probe *probe) {
-    return probe->bytes ? (double)probe->count / time_probe(probe, PROBE_READ) / 1e9 : 0;
+    double best = 0, began = clock_seconds();
+    for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++) {
+        forget_reading(probe);
+        for (size_t bytes = 0; probe->bytes && bytes < probe->count; bytes += probe->length) read_slice(probe);
+        best = fmax(best, find_read_gb_s(probe));
+    }
+    return best;
 }
 
 static double measure_multiplying(struct Probe *probe) {
-    return probe->kernels->macs_per_round * (double)probe->rounds * probe->team->threads / time_probe(probe, PROBE_MULTIPLY) / 1e9;
+    return probe->kernels->macs_per_round * (double)probe->rounds * probe->team->threads / time_multiplying(probe) / 1e9;
 }
 
 // ====================================================================================================================
@@ -240,13 +280,26 @@ static void open_bench_session(struct Bench *bench) {
     for (size_t i = 0; i < tokens; i++) bench->tokens[i] = (uint32_t)(random_word(&random) % c->vocab_size);
 }
 
-// Seconds of evaluating `count` tokens behind `depth` others, in one prefill or one by one.
-static double time_once(const struct Bench *bench, bool decoding, size_t count, size_t depth) {
+// Seconds of evaluating `count` tokens behind `depth` others in one prefill.
+static double time_prefill(struct Bench *bench, size_t count, size_t depth) {
     bench->session->position = depth;
     double start = clock_seconds();
-    if (!decoding) prefill(bench->session, bench->tokens, count);
-    for (size_t i = 0; decoding && i < count; i++) forward(bench->session, bench->tokens + i, 1, LOGITS_LAST);
+    prefill(bench->session, bench->tokens, count);
     return clock_seconds() - start;
+}
+
+// Seconds of evaluating `count` tokens behind `depth` others one by one; after each a slice of memory is read, too.
+static double time_decode(struct Bench *bench, size_t count, size_t depth) {
+    bench->session->position = depth;
+    forget_reading(&bench->probe);
+    double seconds = 0;
+    for (size_t i = 0; i < count; i++) {
+        double start = clock_seconds();
+        forward(bench->session, bench->tokens + i, 1, LOGITS_LAST);
+        seconds += clock_seconds() - start;
+        read_slice(&bench->probe);
+    }
+    return seconds;
 }
 
 // Multiply-adds of weights in a prefill; the head's are for the last token alone.
@@ -271,15 +324,17 @@ static int compare_speeds(const void *a, const void *b) {
     return compare_doubles(&((const struct Speed *)a)->fraction, &((const struct Speed *)b)->fraction);
 }
 
-// The median of a few times, by the fraction; before and after each the limit is measured.
+// The median of a few times, by the fraction of the limit at that time.
 static struct Speed measure_speed(struct Bench *bench, bool decoding, size_t count, size_t depth) {
-    double (*measure_limit)(struct Probe *) = decoding ? measure_reading : measure_multiplying;
     double work = (decoding ? (double)count * active_bytes(bench->model) : prefill_macs(bench->model, count)) / 1e9;
     struct Speed speeds[BENCH_REPETITIONS];
-    double spent = time_once(bench, decoding, decoding ? BENCH_WARM_TOKENS : count, depth), before = measure_limit(&bench->probe);
+    double spent = decoding ? time_decode(bench, BENCH_WARM_TOKENS, depth) : time_prefill(bench, count, depth);
+    double before = decoding ? 0 : measure_multiplying(&bench->probe);
     size_t rounds = 0;
     do {
-        double seconds = time_once(bench, decoding, count, depth), after = measure_limit(&bench->probe), limit = (before + after) / 2;
+        double seconds = decoding ? time_decode(bench, count, depth) : time_prefill(bench, count, depth);
+        double after = decoding ? 0 : measure_multiplying(&bench->probe);
+        double limit = decoding ? find_read_gb_s(&bench->probe) : (before + after) / 2;
         speeds[rounds++] = (struct Speed){(double)count / seconds, work / seconds, limit, limit > 0 ? work / seconds / limit : 0};
         spent += seconds;
         before = after;

@@ -825,9 +825,9 @@ struct Kernels {
     // What a half-precision cache holds.
     void (*float_to_half)(const float *x, uint16_t *half, size_t n);
     // What `r1 bench` measures the processor's limits with: reads `count` bytes (a multiple of 256) and makes one number of
-    // them, each time asking for those that lie `ahead`, if that is not 0; multiplies and adds int8 numbers that stand in
-    // registers, macs_per_round of them in a round.
-    uint64_t (*read_probe)(const uint8_t *bytes, size_t count, size_t ahead);
+    // them, asking for each line `ahead` of time, if that is not 0, and for the beginning of the next page, if `pages`;
+    // multiplies and adds int8 numbers that stand in registers, macs_per_round of them in a round.
+    uint64_t (*read_probe)(const uint8_t *bytes, size_t count, size_t ahead, bool pages);
     void (*multiply_probe)(uint64_t rounds);
     double macs_per_round;
 };
@@ -1216,20 +1216,27 @@ typedef uint64_t Vector128 __attribute__((vector_size(16), may_alias));
 typedef uint64_t Vector256 __attribute__((vector_size(32), may_alias));
 typedef uint64_t Vector512 __attribute__((vector_size(64), may_alias));
 
-#define READ_PROBE_BODY(Vector, bytes, count, ahead)                                                                    \
+#define READ_PROBE_BODY(Vector, bytes, count, ahead, pages)                                                             \
     Vector a = {0}, b = {0}, c = {0}, d = {0};                                                                          \
     for (size_t i = 0; i < count; i += 4 * sizeof(Vector)) {                                                            \
         const Vector *at = (const Vector *)(const void *)(bytes + i);                                                   \
-        for (size_t line = 0; line < 4 * sizeof(Vector) && ahead; line += 64)                                           \
+        for (size_t line = 0; line < 512 && pages && (uintptr_t)at % 4096 == 0; line += 64)                             \
+            __builtin_prefetch((const void *)((uintptr_t)at + 4096 + line), 0, 2);                                      \
+        for (size_t line = 0; line < 2 * sizeof(Vector) && ahead; line += 64)                                           \
             __builtin_prefetch((const void *)((uintptr_t)at + ahead + line), 0, 0);                                     \
-        a ^= at[0], b ^= at[1], c ^= at[2], d ^= at[3];                                                                 \
+        a ^= at[0], b ^= at[1];                                                                                         \
+        for (size_t line = 2 * sizeof(Vector); line < 4 * sizeof(Vector) && ahead; line += 64)                          \
+            __builtin_prefetch((const void *)((uintptr_t)at + ahead + line), 0, 0);                                     \
+        c ^= at[2], d ^= at[3];                                                                                         \
     }                                                                                                                   \
     a ^= b ^ c ^ d;                                                                                                     \
     uint64_t sum = 0;                                                                                                   \
     for (size_t i = 0; i < sizeof(Vector) / sizeof sum; i++) sum ^= a[i];                                               \
     return sum;
 
-static uint64_t read_probe(const uint8_t *bytes, size_t count, size_t ahead) { READ_PROBE_BODY(Vector128, bytes, count, ahead) }
+static uint64_t read_probe(const uint8_t *bytes, size_t count, size_t ahead, bool pages) {
+    READ_PROBE_BODY(Vector128, bytes, count, ahead, pages)
+}
 
 // What a compiler makes of plain C.
 #define PORTABLE_PROBE_MACS 1024

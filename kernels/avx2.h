@@ -952,7 +952,9 @@ AVX2 static void quantize_values_avx2(const float *x, size_t rows, size_t first,
     quantize_values_body(x, rows, first, scales, panels);
 }
 
-AVX2 static uint64_t read_probe_avx2(const uint8_t *bytes, size_t count, size_t ahead) { READ_PROBE_BODY(Vector256, bytes, count, ahead) }
+AVX2 static uint64_t read_probe_avx2(const uint8_t *bytes, size_t count, size_t ahead, bool pages) {
+    READ_PROBE_BODY(Vector256, bytes, count, ahead, pages)
+}
 
 // Products of 8 bits, their sums of 16 and of 32: three instructions for 32 multiply-adds.
 static void multiply_probe_avx2(uint64_t rounds) {

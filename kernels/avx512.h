@@ -693,7 +693,9 @@ AVX512 static void quantize_values_avx512(const float *x, size_t rows, size_t fi
     quantize_values_body(x, rows, first, scales, panels);
 }
 
-AVX512 static uint64_t read_probe_avx512(const uint8_t *bytes, size_t count, size_t ahead) { READ_PROBE_BODY(Vector512, bytes, count, ahead) }
+AVX512 static uint64_t read_probe_avx512(const uint8_t *bytes, size_t count, size_t ahead, bool pages) {
+    READ_PROBE_BODY(Vector512, bytes, count, ahead, pages)
+}
 
 static void multiply_probe_avx512(uint64_t rounds) {
 #define STEP(i) "vpdpbusd %%zmm0, %%zmm1, %%zmm" #i "\n"
