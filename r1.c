@@ -1278,7 +1278,7 @@ static const struct Kernels portable_kernels = {
 static const struct Prefetching {
     size_t bytes;                 // how far ahead
     bool first_only;              // into the first cache alone ("non-temporal"), not into the second
-    bool pages;                   // ask for the beginning of the page after the next, too: AVX-512 kernels of integers
+    bool pages;                   // ask for the beginning of the page after the next, too: AVX-512 alone
 } prefetching_ways[PREFETCHING_WAYS] = {
     [0] = {192, true, true}, [1] = {0, true, true}, [2] = {4096, false, false},    // guess_prefetching() names them by their numbers
     [3] = {1536, true, false}, [4] = {6144, true, false}, [5] = {3072, true, false},
@@ -2314,8 +2314,9 @@ static void take_queries(const struct Session *s, const struct Layer *l, const s
 static void prepare_queries(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
-    size_t heads = c->num_attention_heads, dim = query_dim(c), tokens = s->n > EXACT_TOKENS ? 1 : s->n, item, end;
-    for (static_share(s->team, thread, s->n / tokens * heads, &item, &end); item < end; item++) {
+    size_t heads = c->num_attention_heads, dim = query_dim(c), tokens = s->n > EXACT_TOKENS ? 1 : s->n, item;
+    struct Items items = share_items(s->team, thread, s->n / tokens * heads, s->n > EXACT_TOKENS ? 64 : 1);
+    while (next_item(&items, &item)) {
         size_t first = item / heads * tokens, head = item % heads;
         for (size_t t = first; t < first + tokens; t++) {
             float *q = s->q + (t * heads + head) * dim;

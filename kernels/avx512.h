@@ -219,6 +219,7 @@ AVX512_INLINE void product_floats_avx512(const uint8_t *panel, size_t cols, cons
     UNROLL for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
     for (size_t k = 0; k < cols; k++) {
         const uint8_t *w = panel + k * PANEL_ROWS * (halves ? 2 : 4);       // [cols][32]
+        if (k % 64 == 0) prefetch_pages(w, 64 * PANEL_ROWS * (halves ? 2 : 4));
         if (!halves || k % 2 == 0) prefetch_weights(w);
         __m512 w0 = halves ? _mm512_cvtph_ps(load_bytes_avx2(w)) : _mm512_loadu_ps(w);
         __m512 w1 = halves ? _mm512_cvtph_ps(load_bytes_avx2(w + 32)) : _mm512_loadu_ps(w + 64);
@@ -251,6 +252,7 @@ AVX512_INLINE void product_bf16_avx512_tile(const uint8_t *panel, size_t cols, c
     __m512 sum[TILE_TOKENS][2];
     UNROLL for (size_t t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
     for (size_t k = 0; k < cols; k += 2, panel += 2 * 2 * PANEL_ROWS) {    // [cols/2][32][2]
+        if (k % 64 == 0) prefetch_pages(panel, 64 * 2 * PANEL_ROWS);
         prefetch_weights(panel);
         __m512i pairs0 = _mm512_loadu_si512(panel), pairs1 = _mm512_loadu_si512(panel + 64);
         __m512 even0 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs0, 16)),
@@ -323,6 +325,7 @@ AVX512_INLINE void product_f8_avx512_tile(const uint8_t *panel, size_t cols, con
         size_t length = min_size(K_BLOCK, cols - first);
         const float *scales = (const float *)(const void *)panel;          // [8], one for each 32 columns
         const uint8_t *w = panel + block_head_bytes(DTYPE_F8, length);     // [length/4][32][4]
+        prefetch_pages(panel, block_head_bytes(DTYPE_F8, length) + value_bytes(DTYPE_F8, length));
         for (size_t group = 0; group < length; group += K_GROUP, w += K_GROUP * PANEL_ROWS) {
             float values[TILE_TOKENS][K_GROUP] __attribute__((aligned(64))); // columns 0, 2, 1, 3 of each four
             __m512 scale = _mm512_set1_ps(scales[group / K_GROUP]);
