@@ -80,7 +80,7 @@ static void fill_weights(void *argument, int thread) {
 //
 // Decoding cannot be faster than memory is read, prefill not faster than integers are multiplied. `r1 bench` measures
 // these limits with all threads while it measures a model: machines differ, and a cloud moves its guests to other cores
-// while they run, which can change what they read in a second by half. So a slice of memory is read after each token that
+// while they run, which can change what they read in a second by half. So slices of memory are read after each token that
 // is decoded; the multiplications are measured before and after a prefill.
 // ====================================================================================================================
 
@@ -130,6 +130,7 @@ static void run_probe(void *argument, int thread) {
                                                                      reading_manners[probe->manner].pages));
 }
 
+// Seconds that all threads take for it.
 static double time_probe(struct Probe *probe, int what) {
     double start = clock_seconds();
     probe->what = what;
@@ -140,7 +141,8 @@ static double time_probe(struct Probe *probe, int what) {
 // Seconds that multiplying takes, the best of a few times.
 static double time_multiplying(struct Probe *probe) {
     double best = INFINITY, began = clock_seconds();
-    for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++) best = fmin(best, time_probe(probe, PROBE_MULTIPLY));
+    for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++)
+        best = fmin(best, time_probe(probe, PROBE_MULTIPLY));
     return best;
 }
 
@@ -288,7 +290,7 @@ static double time_prefill(struct Bench *bench, size_t count, size_t depth) {
     return clock_seconds() - start;
 }
 
-// Seconds of evaluating `count` tokens behind `depth` others one by one; after each a slice of memory is read, too.
+// Seconds of evaluating `count` tokens behind `depth` others one by one; after each a slice of memory is read in every manner.
 static double time_decode(struct Bench *bench, size_t count, size_t depth) {
     bench->session->position = depth;
     forget_reading(&bench->probe);
@@ -297,7 +299,7 @@ static double time_decode(struct Bench *bench, size_t count, size_t depth) {
         double start = clock_seconds();
         forward(bench->session, bench->tokens + i, 1, LOGITS_LAST);
         seconds += clock_seconds() - start;
-        read_slice(&bench->probe);
+        for (size_t manner = 0; manner < READING_MANNERS; manner++) read_slice(&bench->probe);
     }
     return seconds;
 }

@@ -491,6 +491,37 @@ static void test_table(void) {
     report("the table of bench: what was not, by the largest of its kind and type");
 }
 
+// One thread that reads two slices and a half, twice.
+static void test_reading(void) {
+    static struct Team team;
+    team.threads = 1;
+    size_t count = 2 * PROBE_SLICE + PROBE_SLICE / 2;
+    struct Probe probe = {.team = &team, .kernels = &portable_kernels};
+    EXPECT(find_read_gb_s(&probe) == 0, "a speed before anything was read");
+    read_slice(&probe);
+    EXPECT(probe.length == 0, "read without memory");
+    probe.count = probe.length = count;
+    probe.bytes = map_memory(count);
+    if (!probe.bytes) die("no memory");
+    size_t first[] = {0, PROBE_SLICE, 2 * PROBE_SLICE, 0, PROBE_SLICE, 2 * PROBE_SLICE}, length[] = {PROBE_SLICE, PROBE_SLICE, PROBE_SLICE / 2};
+    for (size_t i = 0; i < 6; i++) {
+        read_slice(&probe);
+        EXPECT(probe.first == first[i] && probe.length == length[i % 3], "slice %zu: %zu bytes from %zu", i, probe.length, probe.first);
+    }
+    double bytes = 0;
+    for (size_t i = 0; i < READING_MANNERS; i++) {
+        bytes += probe.read[i].bytes;
+        EXPECT(probe.read[i].seconds > 0, "manner %zu had no turn", i);
+    }
+    EXPECT(bytes == 2.0 * (double)count, "%.0f bytes", bytes);
+    forget_reading(&probe);
+    probe.read[0].bytes = 8e9, probe.read[0].seconds = 2;
+    probe.read[2].bytes = 3e9, probe.read[2].seconds = 0.5;
+    EXPECT(find_read_gb_s(&probe) == 6, "%g GB/s", find_read_gb_s(&probe));
+    close_probe(&probe);
+    report("the read bandwidth: every manner has its turn, and the fastest counts");
+}
+
 static void test_synthetic(const char *path, const char *name, uint32_t layers) {
     static struct Team team;
     char error[ERROR_BYTES];
@@ -613,7 +644,8 @@ static void test_trial(void) {
         for (size_t i = 0; i < PREFETCHING_WAYS * TRIAL_ROUNDS; i++)
             EXPECT(session.trial.seconds[i / TRIAL_ROUNDS][i % TRIAL_ROUNDS] > 0, "%zu layers: way %zu has a round without a time", layers, i / TRIAL_ROUNDS);
         const struct Prefetching *found = &prefetching_ways[session.trial.way];
-        EXPECT(prefetching.bytes == found->bytes && prefetching.first_only == found->first_only, "%zu layers: the way found is not in use", layers);
+        EXPECT(prefetching.bytes == found->bytes && prefetching.first_only == found->first_only && prefetching.pages == found->pages,
+               "%zu layers: the way found is not in use", layers);
     }
     report("the trial of ways to ask for weights: all get their turns, and the one found stays");
 }
@@ -626,6 +658,7 @@ int main(int argc, char **argv) {
     }
     test_shapes();
     test_table();
+    test_reading();
     test_formats();
     test_sampler();
     test_utf8_stream();
