@@ -43,12 +43,11 @@ AVX512_INLINE __m512i broadcast_quants_avx512(const int8_t *quants) {
     return _mm512_set1_epi32(four);
 }
 
-// Asks for the beginning of the page that begins 4 KB behind these bytes, so that the processor's prefetcher goes on there at once.
+// Asks for the beginnings of the pages that begin in the bytes 4 KB behind these.
 AVX512_INLINE void prefetch_pages(const uint8_t *w, size_t bytes) {
     if (!prefetching.pages) return;
     uintptr_t first = (uintptr_t)w + 4096;
-    for (uintptr_t page = align_up(first, 4096); page < first + bytes; page += 4096)
-        for (size_t i = 0; i < 512; i += 64) __builtin_prefetch((const void *)(page + i), 0, 2);
+    for (uintptr_t page = align_up(first, 4096); page < first + bytes; page += 4096) prefetch_page(page);
 }
 
 // ---- products of a panel

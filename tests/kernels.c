@@ -215,7 +215,7 @@ static void test_product(const struct Kernels *table, uint32_t dtype, enum Panel
         float alone[TILE_TOKENS][PANEL_ROWS], portable[TILE_TOKENS][PANEL_ROWS];
         for (size_t t = 0; t < TILE_TOKENS; t++) {
             memset(alone[t], 0xff, sizeof alone[t]);          // the kernel must overwrite what was there
-            prefetching.first_only = t % 2;                                // a kernel may have an instance for either
+            prefetching = prefetching_ways[t % PREFETCHING_WAYS];          // a kernel may have an instance for some
             table->product[dtype](panel, cols, rows + t, 1, alone[t]);
         }
         portable_kernels.product[dtype](panel, cols, rows, TILE_TOKENS, portable[0]);

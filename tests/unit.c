@@ -518,7 +518,16 @@ static void test_reading(void) {
     probe.read[0].bytes = 8e9, probe.read[0].seconds = 2;
     probe.read[2].bytes = 3e9, probe.read[2].seconds = 0.5;
     EXPECT(find_read_gb_s(&probe) == 6, "%g GB/s", find_read_gb_s(&probe));
+    struct Model model = {.bytes = probe.bytes, .size = 8 * PROBE_SLICE - 1};
+    const uint8_t *own = probe.bytes;
+    probe_model(&probe, &model);
+    EXPECT(probe.bytes == own && probe.count == count && !probe.borrowed, "a small model is read");
+    static _Alignas(4096) uint8_t weights[4096];
+    model.bytes = weights, model.size = 8 * PROBE_SLICE + 1;
+    probe_model(&probe, &model);
+    EXPECT(probe.bytes == weights && probe.count == 8 * PROBE_SLICE, "a large model is not read, but %zu bytes", probe.count);
     close_probe(&probe);
+    weights[0] = 1;                                                        // still there
     report("the read bandwidth: every manner has its turn, and the fastest counts");
 }
 
