@@ -317,9 +317,15 @@ static double time_decode(struct Bench *bench, size_t count, size_t depth) {
     return seconds;
 }
 
-// Multiply-adds of weights in a prefill; the head's are for the last token alone.
-static double prefill_macs(const struct Model *model, size_t count) {
-    return (double)count * active_weights(model) + (double)model->head.rows * (double)model->head.cols;
+// Multiply-adds of weights in a prefill. The head is for the last token alone, and so is most of the last layer: see run_forward().
+static double prefill_macs(const struct Model *model, size_t count, size_t batch) {
+    const struct ModelConfig *c = &model->config;
+    const struct Layer *last = &model->layers[c->num_hidden_layers - 1];
+    const struct Matrix *filling_cache[] = {is_mla(c) ? c->q_lora_rank ? &last->q_a : &last->q_b : &last->q, is_mla(c) ? &last->kv_a : &last->k, &last->v};
+    double ignored = 0, rest = count_active(model, c->num_hidden_layers - 1, &ignored);
+    for (size_t i = 0; i < (is_mla(c) ? 2 : 3); i++) rest -= (double)filling_cache[i]->rows * (double)filling_cache[i]->cols;
+    size_t end = (count - 1) % batch + 1, through = end > EXACT_TOKENS ? 1 : end;
+    return (double)count * active_weights(model) - (double)(count - through) * rest + (double)model->head.rows * (double)model->head.cols;
 }
 
 // A fraction as `length` characters, ended by a zero byte.
@@ -341,7 +347,7 @@ static int compare_speeds(const void *a, const void *b) {
 
 // The median of a few times, by the fraction of the limit at that time.
 static struct Speed measure_speed(struct Bench *bench, bool decoding, size_t count, size_t depth) {
-    double work = (decoding ? (double)count * active_bytes(bench->model) : prefill_macs(bench->model, count)) / 1e9;
+    double work = (decoding ? (double)count * active_bytes(bench->model) : prefill_macs(bench->model, count, bench->session->options.batch)) / 1e9;
     struct Speed speeds[BENCH_REPETITIONS];
     double spent = decoding ? time_decode(bench, BENCH_WARM_TOKENS, depth) : time_prefill(bench, count, depth);
     double before = decoding ? 0 : measure_multiplying(&bench->probe);
@@ -431,7 +437,7 @@ static struct TableRow count_row(const struct Command *command, const struct Sha
     struct MemoryPlan plan = plan_memory(model, &options, (int)command->threads);
     struct TableRow row = {.shape = shape, .type = type, .has_experts = model->config.n_routed_experts > 0, .weights = (double)plan.weights,
                            .memory = (double)(plan.weights + plan.cache + plan.scratch),
-                           .work = {[DECODE] = active_bytes(model), [PREFILL] = prefill_macs(model, TABLE_PROMPT) / TABLE_PROMPT}};
+                           .work = {[DECODE] = active_bytes(model), [PREFILL] = prefill_macs(model, TABLE_PROMPT, TABLE_PROMPT) / TABLE_PROMPT}};
     snprintf(row.name, sizeof row.name, "%s:%s", shape->name, dtype_name(type));
     close_shape(model);
     return row;

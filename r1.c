@@ -2767,10 +2767,11 @@ static void run_down_of_experts(struct Session *s, int thread) {
 // forward: tokens to logits
 // ====================================================================================================================
 
-static void run_attention(struct Session *s, int thread, size_t layer) {
+// Queries, keys and values (with MLA their latents), of which the last two go into the cache.
+static void fill_cache(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
-    size_t heads = c->num_attention_heads, q_width = heads * query_dim(c), attended = heads * value_dim(c), item, end;
+    size_t q_width = (size_t)c->num_attention_heads * query_dim(c);
     if (is_mla(c)) {
         struct Product q_full = {&l->q_b, s->input.rows, s->q, q_width, NULL, false};
         struct Product q_down = {&l->q_a, s->input.rows, s->q_latent, c->q_lora_rank, NULL, false};
@@ -2778,11 +2779,6 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
         multiply(s, thread, (struct Product[]){c->q_lora_rank ? q_down : q_full, kv_down}, 2, s->n);
         team_barrier(s->team);
         store_latents(s, thread, layer);
-        if (c->q_lora_rank) {
-            team_barrier(s->team);
-            multiply(s, thread, &(struct Product){&l->q_b, s->latent.rows, s->q, q_width, NULL, false}, 1, s->n);
-            team_barrier(s->team);
-        }
     } else {
         size_t kv_width = (size_t)c->num_key_value_heads * c->head_dim;
         multiply(s, thread, (struct Product[]){{&l->q, s->input.rows, s->q, q_width, l->q_bias, false},
@@ -2790,6 +2786,18 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
                                                {&l->v, s->input.rows, s->v, kv_width, l->v_bias, false}}, 3, s->n);
         team_barrier(s->team);
         store_keys_values(s, thread, layer);
+    }
+}
+
+static void run_attention(struct Session *s, int thread, size_t layer) {
+    const struct ModelConfig *c = &s->model->config;
+    const struct Layer *l = &s->model->layers[layer];
+    size_t heads = c->num_attention_heads, attended = heads * value_dim(c), item, end;
+    fill_cache(s, thread, layer);
+    if (is_mla(c) && c->q_lora_rank) {
+        team_barrier(s->team);
+        multiply(s, thread, &(struct Product){&l->q_b, s->latent.rows, s->q, heads * query_dim(c), NULL, false}, 1, s->n);
+        team_barrier(s->team);
     }
     prepare_queries(s, thread, layer);
     team_barrier(s->team);
@@ -2838,12 +2846,12 @@ static size_t find_fastest_way(struct Trial *trial) {
     return trial->seconds[fastest][nth] < 0.98 * trial->seconds[trial->guess][nth] ? fastest : trial->guess;
 }
 
-// Thread 0 calls it at the end of a layer: the others can get no further than the barrier of norm_tokens(), before which nobody asks for
+// Thread 0 calls it at the end of a layer that decodes: the others can get no further than the barrier of norm_tokens(), before which nobody asks for
 // weights. In a round every way has one layer. After TRIAL_ROUNDS layers the order moves on by one, lest a way always have the same layers
 // of a model of 5 or 10. The logits do not depend on it.
 static void try_prefetching(struct Session *s) {
     struct Trial *trial = &s->trial;
-    if (s->n > 1 || trial->layers == PREFETCHING_WAYS * TRIAL_ROUNDS) return;
+    if (trial->layers == PREFETCHING_WAYS * TRIAL_ROUNDS) return;
     double now = clock_seconds();
     trial->seconds[trial->way][trial->layers / PREFETCHING_WAYS] = now - trial->start;
     trial->start = now;
@@ -2852,24 +2860,42 @@ static void try_prefetching(struct Session *s) {
     prefetching = prefetching_ways[trial->way];
 }
 
+// Leaves the last token alone, as if it were decoded behind the others.
+static void keep_last_token(struct Session *s) {
+    size_t hidden = s->model->config.hidden_size;
+    memcpy(s->x, s->x + (s->n - 1) * hidden, hidden * sizeof *s->x);
+    s->position += s->n - 1;
+    s->n = 1;
+    fill_rope_row(s, 0);
+}
+
 // What each thread does for one micro-batch.
 static void run_forward(void *argument, int thread) {
     struct Session *s = argument;
     const struct Model *model = s->model;
-    size_t hidden = model->config.hidden_size, vocab = model->config.vocab_size;
+    size_t hidden = model->config.hidden_size, vocab = model->config.vocab_size, layers = model->config.num_hidden_layers;
+    bool decoding = s->n == 1;
     for (size_t t = (size_t)thread; t < s->n; t += (size_t)s->team->threads) {
         read_row(&model->embedding, s->tokens[t], s->x + t * hidden);
         fill_rope_row(s, t);
     }
     team_barrier(s->team);
-    for (size_t layer = 0; layer < model->config.num_hidden_layers; layer++) {
+    for (size_t layer = 0; layer < layers; layer++) {
         norm_tokens(s, thread, model->layers[layer].input_norm);
+        // Tokens whose logits nobody wants need no more of the last layer than their keys and values.
+        if (layer + 1 == layers && (s->wanted == LOGITS_NONE || (s->wanted == LOGITS_LAST && s->n > EXACT_TOKENS))) {
+            fill_cache(s, thread, layer);
+            if (s->wanted == LOGITS_NONE) return;
+            team_barrier(s->team);
+            if (thread == 0) keep_last_token(s);
+            team_barrier(s->team);
+            norm_tokens(s, thread, model->layers[layer].input_norm);
+        }
         run_attention(s, thread, layer);
         norm_tokens(s, thread, model->layers[layer].post_attention_norm);
         run_feed_forward(s, thread, layer);
-        if (thread == 0) try_prefetching(s);
+        if (thread == 0 && decoding) try_prefetching(s);
     }
-    if (s->wanted == LOGITS_NONE) return;
     norm_tokens(s, thread, model->final_norm);
     size_t first = s->wanted == LOGITS_ALL ? 0 : s->n - 1;
     multiply(s, thread, &(struct Product){&model->head, s->input.rows + first, s->logits, vocab, NULL, false}, 1, s->n - first);
@@ -2878,13 +2904,14 @@ static void run_forward(void *argument, int thread) {
 // Evaluates n tokens (1 to options.batch, position + n <= options.context, ids below vocab_size) and moves position on.
 // With LOGITS_LAST, row 0 of s->logits holds the last token's, with LOGITS_ALL (logits_rows >= n) row t token t's.
 static void forward(struct Session *s, const uint32_t *tokens, size_t n, enum LogitsWanted wanted) {
+    size_t position = s->position;
     s->tokens = tokens;
     s->n = n;
     s->wanted = wanted;
     s->trial.start = clock_seconds();
     prefetching = prefetching_ways[s->trial.way];
     team_run(s->team, run_forward, s);
-    s->position += n;
+    s->position = position + n;
 }
 
 // Evaluates any number of tokens in micro-batches; logits of the last one.
@@ -2901,12 +2928,12 @@ static void count_matrix(const struct Matrix *m, double times, double *weights, 
     *bytes += times * (double)matrix_bytes(m->dtype, m->rows, m->cols);
 }
 
-// Weights that one token multiplies, without the head and the embedding; adds what they take to *bytes.
-static double count_active(const struct Model *model, double *bytes) {
+// Weights that one token multiplies in the layers from `first` on; adds what they take to *bytes.
+static double count_active(const struct Model *model, size_t first, double *bytes) {
     const struct ModelConfig *c = &model->config;
     double weights = 0;
 #define COUNT(matrix, times) count_matrix(&(matrix), (double)(times), &weights, bytes)
-    for (size_t i = 0; i < c->num_hidden_layers; i++) {
+    for (size_t i = first; i < c->num_hidden_layers; i++) {
         const struct Layer *l = &model->layers[i];
         COUNT(l->o, 1);
         if (is_mla(c)) {
@@ -2934,13 +2961,13 @@ static double count_active(const struct Model *model, double *bytes) {
 // Multiply-adds of one token of prefill, without the head.
 static double active_weights(const struct Model *model) {
     double bytes = 0;
-    return count_active(model, &bytes);
+    return count_active(model, 0, &bytes);
 }
 
 // Bytes of weights that decoding one token reads: the active experts, the head, of the embedding one row.
 static double active_bytes(const struct Model *model) {
     double bytes = 0, ignored = 0;
-    count_active(model, &bytes);
+    count_active(model, 0, &bytes);
     count_matrix(&model->head, 1, &ignored, &bytes);
     return bytes + (double)model->embedding.panel_step / PANEL_ROWS;
 }
@@ -4144,7 +4171,7 @@ static int command_logits(struct Command *command) {
     check_positions(&trace, "logits", &command->logits);
     check_positions(&trace, "experts", &command->experts);
     trace.session = open_session(command, model, &(struct SessionOptions){
-        .context = trace.length, .batch = batch, .logits_rows = command->argmax || positions ? batch : 1, .cache = (enum CacheType)command->cache});
+        .context = trace.length, .batch = batch, .logits_rows = command->argmax || positions || command->experts.count ? batch : 1, .cache = (enum CacheType)command->cache});
     trace.argmax = allocate(trace.length * sizeof *trace.argmax);
     trace.experts = allocate(layers * sizeof *trace.experts);
     open_lines(&trace.logits);

@@ -373,6 +373,43 @@ static void test_forward(const char *path) {
     free(file.bytes);
 }
 
+// In a prompt's last layer only the last token goes all the way; its logits, and those of a token behind, are those of a session in
+// which every token does, but for what kernels of one and of many tokens round differently: q4 has coarser scales for many.
+static void test_last_layer(const char *path) {
+    const char *name = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
+    struct File file = read_model(path);
+    char error[ERROR_BYTES];
+    struct Model *model = model_from_memory(file.bytes, file.size, "some.r1", error);
+    if (!model) die("%s", error);
+    static struct Team team;
+    team.threads = 1;
+    openblas_set_num_threads(1);
+    enum { TOKENS = 60, STEP = 20 };
+    uint32_t tokens[TOKENS + 1], vocab = model->config.vocab_size;
+    for (size_t i = 0; i <= TOKENS; i++) tokens[i] = test_random() % vocab;
+    struct SessionOptions options = {.context = 64, .batch = STEP, .logits_rows = STEP};
+    struct Session *some = session_create(model, &team, &portable_kernels, &options, error);
+    struct Session *all = session_create(model, &team, &portable_kernels, &options, error);
+    if (!some || !all) die("%s", error);
+    double furthest = 0, largest = 0;
+    for (size_t done = 0; done <= TOKENS; done += STEP) {
+        size_t n = min_size(STEP, TOKENS + 1 - done);
+        forward(some, tokens + done, n, done + STEP < TOKENS ? LOGITS_NONE : LOGITS_LAST);
+        forward(all, tokens + done, n, LOGITS_ALL);
+        EXPECT(some->position == done + n && all->position == done + n, "at position %zu after %zu tokens", some->position, done + n);
+        for (size_t k = 0; k < vocab && done + STEP >= TOKENS; k++) {
+            furthest = fmax(furthest, fabs((double)some->logits[k] - (double)all->logits[(n - 1) * vocab + k]));
+            largest = fmax(largest, fabs((double)some->logits[k]));
+        }
+    }
+    EXPECT(furthest < (model->config.recipe == DTYPE_Q4 ? 0.05 : 1e-4) * largest, "logits of up to %g differ by up to %g", largest, furthest);
+    report("%s: only the last token goes through the whole of a prompt's last layer (logits within %.1e)", name, furthest / largest);
+    session_free(some);
+    session_free(all);
+    model_close(model);
+    free(file.bytes);
+}
+
 // ---- the memory of a control group
 
 static void put_file(const char *folder, const char *name, const char *text) {
@@ -677,5 +714,6 @@ int main(int argc, char **argv) {
     test_groups();
     for (int i = 1; i < argc; i++) test_loader(argv[i]);
     for (int i = 1; i < argc; i++) test_forward(argv[i]);
+    for (int i = 1; i < argc; i++) test_last_layer(argv[i]);
     return any_failed;
 }

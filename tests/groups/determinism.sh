@@ -39,6 +39,21 @@ for name in r1_fp8 qwen2_bf16 llama_bf16; do
     done
 done
 
+# Who asks for experts sees those of every token and layer, though in the last layer of a prompt most tokens are not needed.
+for name in r1_fp8 moonlight_bf16; do
+    tr -s ' \n' '\n\n' <"$(prompt $name)" | grep . | head -n 60 >"$scratch/short"
+    what="$name, experts of a prompt, with and without its logits"
+    for more in "" --argmax; do
+        # shellcheck disable=SC2086
+        timeout 120 "$r1" logits "$(model $name q8)" --ids "$scratch/short" --experts "$(seq -s, 0 59)" $more 2>"$scratch/error" |
+            grep '^experts' >"$scratch/experts$more"
+    done
+    why=
+    [ "$(grep -c . "$scratch/experts")" -gt 60 ] || why="few lines: $(head -c 300 "$scratch/experts") $(brief "$scratch/error")"
+    cmp -s "$scratch/experts" "$scratch/experts--argmax" || why="$why they differ"
+    if [ -z "$why" ]; then ok "$what"; else fail "$what" "$why"; fi
+done
+
 # Behind 1024 positions few tokens look at the cache in more than one span; 13 tokens at a time cross its end. A prefill goes
 # through the cache in one piece and must agree with that.
 [ -n "$quick" ] || for name in qwen2_bf16 moonlight_bf16; do
