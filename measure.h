@@ -84,8 +84,8 @@ static void fill_weights(void *argument, int thread) {
 // is decoded; the multiplications are measured before and after a prefill.
 // ====================================================================================================================
 
-#define PROBE_PASSES 4            // the best one counts
-#define PROBE_SECONDS 2.0         // after which there are no more passes
+#define PROBE_PASSES 4
+#define PROBE_SECONDS 2.0         // after which there are no more passes of reading
 #define PROBE_BYTES ((uint64_t)2 << 30)
 #define PROBE_SLICE ((size_t)64 << 20)
 #define READING_MANNERS 3
@@ -139,12 +139,11 @@ static double time_probe(struct Probe *probe, int what) {
     return clock_seconds() - start;
 }
 
-// Seconds that multiplying takes, the best of a few times.
+// Seconds that multiplying takes, the mean of a few times: a prefill, too, has the slow moments of the machine and the fast ones.
 static double time_multiplying(struct Probe *probe) {
-    double best = INFINITY, began = clock_seconds();
-    for (int pass = 0; pass < PROBE_PASSES && clock_seconds() - began < PROBE_SECONDS; pass++)
-        best = fmin(best, time_probe(probe, PROBE_MULTIPLY));
-    return best;
+    double seconds = 0;
+    for (int pass = 0; pass < PROBE_PASSES; pass++) seconds += time_probe(probe, PROBE_MULTIPLY);
+    return seconds / PROBE_PASSES;
 }
 
 // Takes memory to read from, up to half of `room` bytes.
