@@ -104,9 +104,10 @@ struct Machine {
 struct Probe {
     struct Team *team;
     const struct Kernels *kernels;
-    const uint8_t *bytes;         // [count] to be read; NULL if there was no memory
+    uint8_t *memory;              // [memory_bytes] of its own; NULL if there was none
+    size_t memory_bytes;
+    const uint8_t *bytes;         // [count] to be read: its own memory, or a model's weights
     size_t count;
-    bool borrowed;                // bytes are a model's
     size_t first, length;         // of the slice being read
     size_t manner;                // and how it is read
     struct { double bytes, seconds; } read[READING_MANNERS];   // so far
@@ -149,23 +150,21 @@ static double time_multiplying(struct Probe *probe) {
 // Takes memory to read from, up to half of `room` bytes.
 static struct Probe open_probe(struct Team *team, const struct Kernels *kernels, uint64_t room) {
     struct Probe probe = {.team = team, .kernels = kernels, .rounds = 1000};
-    probe.count = probe.length = (size_t)(room / 2 < PROBE_BYTES ? room / 2 : PROBE_BYTES) / 4096 * 4096;
-    probe.bytes = probe.count ? map_memory(probe.count) : NULL;
+    probe.memory_bytes = probe.count = probe.length = (size_t)(room / 2 < PROBE_BYTES ? room / 2 : PROBE_BYTES) / 4096 * 4096;
+    probe.bytes = probe.memory = probe.count ? map_memory(probe.count) : NULL;
     if (probe.bytes) time_probe(&probe, PROBE_TOUCH);
     while (time_multiplying(&probe) < 0.02) probe.rounds *= 2;   // shorter is not exact
     return probe;
 }
 
 static void close_probe(struct Probe *probe) {
-    if (probe->bytes && !probe->borrowed) munmap((void *)(uintptr_t)probe->bytes, probe->count);
+    if (probe->memory) munmap(probe->memory, probe->memory_bytes);
 }
 
 // Reads a model's weights from now on: other pages of the same machine may be 10 % faster or slower. Small models would be read from
-// the processor's cache.
+// the processor's cache. What was read before stays mapped: a virtual machine may be busy for seconds with giving memory back.
 static void probe_model(struct Probe *probe, const struct Model *model) {
     if (model->size < 8 * PROBE_SLICE) return;
-    close_probe(probe);
-    probe->borrowed = true;
     probe->bytes = model->bytes;                                           // begins a page
     probe->count = model->size / 4096 * 4096;
     probe->first = probe->length = 0;

@@ -537,8 +537,8 @@ static void test_reading(void) {
     EXPECT(find_read_gb_s(&probe) == 0, "a speed before anything was read");
     read_slice(&probe);
     EXPECT(probe.length == 0, "read without memory");
-    probe.count = probe.length = count;
-    probe.bytes = map_memory(count);
+    probe.memory_bytes = probe.count = probe.length = count;
+    probe.bytes = probe.memory = map_memory(count);
     if (!probe.bytes) die("no memory");
     size_t first[] = {0, PROBE_SLICE, 2 * PROBE_SLICE, 0, PROBE_SLICE, 2 * PROBE_SLICE}, length[] = {PROBE_SLICE, PROBE_SLICE, PROBE_SLICE / 2};
     for (size_t i = 0; i < 6; i++) {
@@ -558,11 +558,12 @@ static void test_reading(void) {
     struct Model model = {.bytes = probe.bytes, .size = 8 * PROBE_SLICE - 1};
     const uint8_t *own = probe.bytes;
     probe_model(&probe, &model);
-    EXPECT(probe.bytes == own && probe.count == count && !probe.borrowed, "a small model is read");
+    EXPECT(probe.bytes == own && probe.count == count, "a small model is read");
     static _Alignas(4096) uint8_t weights[4096];
     model.bytes = weights, model.size = 8 * PROBE_SLICE + 1;
     probe_model(&probe, &model);
     EXPECT(probe.bytes == weights && probe.count == 8 * PROBE_SLICE, "a large model is not read, but %zu bytes", probe.count);
+    EXPECT(probe.memory == own && probe.memory_bytes == count, "it gave its memory back");
     close_probe(&probe);
     weights[0] = 1;                                                        // still there
     report("the read bandwidth: every manner has its turn, and the fastest counts");
