@@ -88,6 +88,8 @@ static void fill_weights(void *argument, int thread) {
 #define PROBE_SECONDS 2.0         // after which there are no more passes of reading
 #define PROBE_BYTES ((uint64_t)2 << 30)
 #define PROBE_SLICE ((size_t)64 << 20)
+#define PROBE_CHUNK ((size_t)128 << 10)   // bytes that a thread reads in a row
+#define PROBE_ROUND_ITEMS 32      // parts of a thread's multiplications
 #define READING_MANNERS 3
 
 // What to ask for while reading: each is the fastest on some processor, by up to 15 %.
@@ -111,25 +113,29 @@ struct Probe {
     size_t first, length;         // of the slice being read
     size_t manner;                // and how it is read
     struct { double bytes, seconds; } read[READING_MANNERS];   // so far
-    uint64_t rounds;
+    uint64_t rounds;              // of a part of the multiplications
     enum { PROBE_TOUCH, PROBE_READ, PROBE_MULTIPLY } what;
     atomic_uint_fast64_t result;  // of no meaning; keeps the compiler from dropping the reads
 };
 
+// Threads take over what others have not got to, as in a model's steps: cores may differ in speed.
 static void run_probe(void *argument, int thread) {
     struct Probe *probe = argument;
-    if (probe->what == PROBE_MULTIPLY) {
-        probe->kernels->multiply_probe(probe->rounds);
-        return;
+    size_t count = probe->what == PROBE_MULTIPLY ? PROBE_ROUND_ITEMS * (size_t)probe->team->threads : ceil_div(probe->length, PROBE_CHUNK), item;
+    struct Items items = share_items(probe->team, thread, count, 8);
+    uint64_t result = 0;
+    while (next_item(&items, &item)) {
+        if (probe->what == PROBE_MULTIPLY) {
+            probe->kernels->multiply_probe(probe->rounds);
+            continue;
+        }
+        const uint8_t *chunk = probe->bytes + probe->first + item * PROBE_CHUNK;
+        size_t bytes = min_size(PROBE_CHUNK, probe->length - item * PROBE_CHUNK);
+        if (probe->what == PROBE_TOUCH)   // numbers that differ: a host may keep pages of the same bytes once
+            for (size_t i = 0; i < bytes; i += sizeof(uint64_t)) *(uint64_t *)((uintptr_t)chunk + i) = ((uintptr_t)chunk + i) * 0x9e3779b97f4a7c15;
+        else result ^= probe->kernels->read_probe(chunk, bytes, reading_manners[probe->manner].ahead, reading_manners[probe->manner].pages);
     }
-    size_t first, end;
-    static_share(probe->team, thread, probe->length / 4096, &first, &end);
-    const uint8_t *share = probe->bytes + probe->first + first * 4096;
-    size_t count = (end - first) * 4096;
-    if (probe->what == PROBE_TOUCH)   // numbers that differ: a host may keep pages of the same bytes once
-        for (size_t i = 0; i < count; i += sizeof(uint64_t)) *(uint64_t *)((uintptr_t)share + i) = ((uintptr_t)share + i) * 0x9e3779b97f4a7c15;
-    else atomic_fetch_add(&probe->result, probe->kernels->read_probe(share, count, reading_manners[probe->manner].ahead,
-                                                                     reading_manners[probe->manner].pages));
+    atomic_fetch_add(&probe->result, result);
 }
 
 // Seconds that all threads take for it.
@@ -149,7 +155,7 @@ static double time_multiplying(struct Probe *probe) {
 
 // Takes memory to read from, up to half of `room` bytes.
 static struct Probe open_probe(struct Team *team, const struct Kernels *kernels, uint64_t room) {
-    struct Probe probe = {.team = team, .kernels = kernels, .rounds = 1000};
+    struct Probe probe = {.team = team, .kernels = kernels, .rounds = 32};
     probe.memory_bytes = probe.count = probe.length = (size_t)(room / 2 < PROBE_BYTES ? room / 2 : PROBE_BYTES) / 4096 * 4096;
     probe.bytes = probe.memory = probe.count ? map_memory(probe.count) : NULL;
     if (probe.bytes) time_probe(&probe, PROBE_TOUCH);
@@ -202,7 +208,7 @@ static double measure_reading(struct Probe *probe) {
 }
 
 static double measure_multiplying(struct Probe *probe) {
-    return probe->kernels->macs_per_round * (double)probe->rounds * probe->team->threads / time_multiplying(probe) / 1e9;
+    return probe->kernels->macs_per_round * (double)(probe->rounds * PROBE_ROUND_ITEMS) * probe->team->threads / time_multiplying(probe) / 1e9;
 }
 
 // ====================================================================================================================
