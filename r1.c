@@ -1382,6 +1382,7 @@ struct FeedForwardJob {
     const float *weights;         // [n] how much of the result each takes
     struct Row *inputs;           // [n]
     struct Row *hidden;           // [n] silu(gate) * up, the inputs of down
+    float *gate_results, *up_results;   // [intermediate/32][n][32] of few tokens: what the two gave
     float *results;               // [hidden/32][n][32] of few tokens: what down gave
 };
 
@@ -1459,6 +1460,7 @@ struct Session {
     float *job_weights;
     struct Row *job_inputs;
     size_t *expert_visits;        // [experts + 1]
+    float *gate_results, *up_results;   // [16 * visits][intermediate] of few tokens
     float *down_results;          // [16 * (experts per token + 1)][hidden] of few tokens: what each visit adds to the residual stream
 
     uint8_t *cache;
@@ -1590,6 +1592,8 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     s->job_weights = take(arena, batch * (visits + 1), 4);
     s->job_inputs = take(arena, batch * (visits + 1), sizeof *s->job_inputs);
     s->expert_visits = take(arena, (size_t)c->n_routed_experts + 1, sizeof *s->expert_visits);
+    s->gate_results = take(arena, min_size(batch, EXACT_TOKENS) * hidden_columns, 4);
+    s->up_results = take(arena, min_size(batch, EXACT_TOKENS) * hidden_columns, 4);
     s->down_results = take(arena, min_size(batch, EXACT_TOKENS) * (visits + 1) * ceil_div(hidden, PANEL_ROWS) * PANEL_ROWS, 4);
 
     s->workers = take(arena, (size_t)threads, sizeof *s->workers);
@@ -2600,7 +2604,11 @@ static void place_job(struct Session *s, struct FeedForwardJob *job, size_t n, s
     job->weights = s->job_weights + *visit;
     job->inputs = s->job_inputs + *visit;
     job->hidden = s->hidden.rows + *visit;
-    if (s->n <= EXACT_TOKENS) job->results = s->down_results + *visit * ceil_div(s->model->config.hidden_size, PANEL_ROWS) * PANEL_ROWS;
+    if (s->n <= EXACT_TOKENS) {
+        job->gate_results = s->gate_results + *offset;
+        job->up_results = s->up_results + *offset;
+        job->results = s->down_results + *visit * ceil_div(s->model->config.hidden_size, PANEL_ROWS) * PANEL_ROWS;
+    }
     for (size_t i = 0; i < n; i++, *offset += row_stride(job->gate.rows)) place_row(&s->hidden, *visit + i, *offset);
     *visit += n;
 }
@@ -2652,19 +2660,20 @@ static void plan_jobs(struct Session *s, size_t layer) {
     }
 }
 
-// An item of run_gate_up(): some rows of a job's result for some of its tokens. Of many tokens it has 256 rows, the k-block of
-// the product that follows, and quantises it at once: what 512 tokens have there as floats would not fit in a cache.
+// A k-block of the middle, the input of the product that follows, comes from 8 panels.
 #define HIDDEN_PANELS (K_BLOCK / PANEL_ROWS)
 #define GATHERED_ROWS 8           // see store_hidden()
 
+static size_t count_hidden_blocks(const struct FeedForwardJob *job) { return ceil_div(panel_count(&job->gate), HIDDEN_PANELS); }
+
+// An item of run_gate_up(): of few tokens a panel, of many a k-block for some of the tokens.
 static size_t count_gate_up_items(const struct Session *s, const struct FeedForwardJob *job) {
-    size_t panels = panel_count(&job->gate);
-    return s->n > EXACT_TOKENS ? ceil_div(panels, HIDDEN_PANELS) * ceil_div(job->n, HIDDEN_TOKENS) : panels;
+    return s->n > EXACT_TOKENS ? count_hidden_blocks(job) * ceil_div(job->n, HIDDEN_TOKENS) : panel_count(&job->gate);
 }
 
-// What an item gave, [panels][n][32], to rows of s->hidden: quantised of many tokens. Some rows are gathered before the first
+// A k-block, silu(gate) * up of some panels, [panels][n][32], to rows of s->hidden. Some rows are gathered before the first
 // of them is read again, since a vector that is loaded while its parts are still being stored comes late.
-static void store_hidden(const struct Session *s, const struct Worker *w, const struct FeedForwardJob *job, size_t first_panel, size_t panels,
+static void store_hidden(const struct Session *s, float *gate, const struct FeedForwardJob *job, size_t first_panel, size_t panels,
                          size_t first_token, size_t n) {
     size_t first_row = first_panel * PANEL_ROWS, length = min_size(panels * PANEL_ROWS, job->gate.rows - first_row);
     size_t row = (size_t)(job->hidden - s->hidden.rows) + first_token;
@@ -2673,29 +2682,33 @@ static void store_hidden(const struct Session *s, const struct Worker *w, const 
         count = min_size(GATHERED_ROWS, n - first);
         for (size_t i = 0; i < count; i++)
             for (size_t p = 0; p < panels; p++)
-                memcpy(gathered[i] + p * PANEL_ROWS, w->gate_tile + (p * n + first + i) * PANEL_ROWS, PANEL_ROWS * sizeof(float));
+                memcpy(gathered[i] + p * PANEL_ROWS, gate + (p * n + first + i) * PANEL_ROWS, PANEL_ROWS * sizeof(float));
         for (size_t i = 0; i < count; i++) {
             float *values = row_values(&s->hidden, row + i) + first_row;
-            if (s->n > EXACT_TOKENS && job->down.dtype >= DTYPE_Q8)
-                quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), gathered[i], length);
+            if (job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), gathered[i], length);
             else memcpy(values, gathered[i], length * sizeof *values);
         }
     }
 }
 
-// hidden = silu(gate * x) * (up * x) of all jobs. All threads call it.
+// hidden = silu(gate * x) * (up * x) of all jobs. Of many tokens a k-block is quantised at once: what 512 have there as floats would
+// not fit in a cache. Of few tokens finish_hidden() follows: until then memory is read without a break. All threads call it.
 static void run_gate_up(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
-    bool many = s->n > EXACT_TOKENS;
     size_t total = 0, item;
     for (size_t j = 0; j < s->job_count; j++) total += count_gate_up_items(s, &s->jobs[j]);
     struct Items items = share_items(s->team, thread, total, items_at_a_time(s->n));
     while (next_item(&items, &item)) {
         const struct FeedForwardJob *job = s->jobs;
         for (size_t here; item >= (here = count_gate_up_items(s, job)); item -= here) job++;
-        size_t chunks = many ? ceil_div(job->n, HIDDEN_TOKENS) : 1, first_token = item % chunks * HIDDEN_TOKENS;
-        size_t first_panel = item / chunks * (many ? HIDDEN_PANELS : 1), n = many ? min_size(HIDDEN_TOKENS, job->n - first_token) : job->n;
-        size_t panels = many ? min_size(HIDDEN_PANELS, panel_count(&job->gate) - first_panel) : 1;
+        if (s->n <= EXACT_TOKENS) {
+            size_t at = item * job->n * PANEL_ROWS;
+            multiply_tile(s, w, &job->gate, item, 1, job->inputs, job->n, job->gate_results + at);
+            multiply_tile(s, w, &job->up, item, 1, job->inputs, job->n, job->up_results + at);
+            continue;
+        }
+        size_t chunks = ceil_div(job->n, HIDDEN_TOKENS), first_token = item % chunks * HIDDEN_TOKENS, first_panel = item / chunks * HIDDEN_PANELS;
+        size_t n = min_size(HIDDEN_TOKENS, job->n - first_token), panels = min_size(HIDDEN_PANELS, panel_count(&job->gate) - first_panel);
         for (size_t p = 0; p < panels; p += GEMM_PANELS) {
             size_t some = min_size(GEMM_PANELS, panels - p);
             float *gate = w->gate_tile + p * n * PANEL_ROWS;
@@ -2703,19 +2716,24 @@ static void run_gate_up(struct Session *s, int thread) {
             multiply_tile(s, w, &job->up, first_panel + p, some, job->inputs + first_token, n, w->up_tile);
             s->kernels->silu_multiply(gate, w->up_tile, some * n * PANEL_ROWS);
         }
-        store_hidden(s, w, job, first_panel, panels, first_token, n);
+        store_hidden(s, w->gate_tile, job, first_panel, panels, first_token, n);
     }
 }
 
-// Of few tokens the hidden rows are quantised when all panels are there.
-static void quantize_hidden(struct Session *s, int thread) {
-    size_t total = 0, item, end, row = 0;
-    for (size_t j = 0; j < s->job_count; j++) total += count_k_blocks(s->jobs[j].n, s->jobs[j].gate.rows);
+// The rest of it for few tokens. An item is a job's k-block.
+static void finish_hidden(struct Session *s, int thread) {
+    size_t total = 0, item, end;
+    for (size_t j = 0; j < s->job_count; j++) total += count_hidden_blocks(&s->jobs[j]);
     static_share(s->team, thread, total, &item, &end);
-    for (size_t j = 0, first = 0, here; j < s->job_count && first < end; j++, first += here) {
-        here = count_k_blocks(s->jobs[j].n, s->jobs[j].gate.rows);
-        for (; item < min_size(end, first + here); item++) quantize_item(s, &s->hidden, row, s->jobs[j].gate.rows, item - first);
-        row += s->jobs[j].n;
+    for (size_t j = 0, first = 0, blocks; j < s->job_count && first < end; j++, first += blocks) {
+        const struct FeedForwardJob *job = &s->jobs[j];
+        blocks = count_hidden_blocks(job);
+        for (; item < min_size(end, first + blocks); item++) {
+            size_t panel = (item - first) * HIDDEN_PANELS, panels = min_size(HIDDEN_PANELS, panel_count(&job->gate) - panel);
+            size_t at = panel * job->n * PANEL_ROWS;
+            s->kernels->silu_multiply(job->gate_results + at, job->up_results + at, panels * job->n * PANEL_ROWS);
+            store_hidden(s, job->gate_results + at, job, panel, panels, 0, job->n);
+        }
     }
 }
 
@@ -2828,7 +2846,7 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
     run_gate_up(s, thread);
     team_barrier(s->team);
     if (s->n <= EXACT_TOKENS) {
-        quantize_hidden(s, thread);
+        finish_hidden(s, thread);
         team_barrier(s->team);
     }
     if (l->routed && s->n <= EXACT_TOKENS) run_down_of_experts(s, thread);
