@@ -1,5 +1,5 @@
-// What r1 measures: synthetic models, the machine's limits, `r1 bench` and `r1 perplexity`. A part of r1.c, which includes it
-// between its options and its generation of text; by itself it is no header.
+// What r1 measures: synthetic models, what a token costs, the machine's limits, `r1 bench` and `r1 perplexity`. A part of r1.c,
+// which includes it between its options and its generation of text; by itself it is no header.
 #ifndef R1_MEASURE
 #define R1_MEASURE
 
@@ -73,6 +73,72 @@ static void fill_weights(void *argument, int thread) {
                 }
             }
     }
+}
+
+// ====================================================================================================================
+// What a token costs
+//
+// The weights that it multiplies and the bytes that they take: what the speeds are measured against.
+// ====================================================================================================================
+
+static void count_matrix(const struct Matrix *m, double times, double *weights, double *bytes) {
+    *weights += times * (double)m->rows * (double)m->cols;
+    *bytes += times * (double)matrix_bytes(m->dtype, m->rows, m->cols);
+}
+
+// Weights that one token multiplies in the layers from `first` on; adds what they take to *bytes.
+static double count_active(const struct Model *model, size_t first, double *bytes) {
+    const struct ModelConfig *c = &model->config;
+    double weights = 0;
+#define COUNT_MATRIX(matrix, times) count_matrix(&(matrix), (double)(times), &weights, bytes)
+    for (size_t i = first; i < c->num_hidden_layers; i++) {
+        const struct Layer *l = &model->layers[i];
+        COUNT_MATRIX(l->o, 1);
+        if (is_mla(c)) {
+            if (c->q_lora_rank) COUNT_MATRIX(l->q_a, 1);
+            COUNT_MATRIX(l->q_b, 1);
+            COUNT_MATRIX(l->kv_a, 1);
+            COUNT_MATRIX(l->key_transposed.part[0], c->num_attention_heads);
+            COUNT_MATRIX(l->value.part[0], c->num_attention_heads);
+        } else {
+            COUNT_MATRIX(l->q, 1);
+            COUNT_MATRIX(l->k, 1);
+            COUNT_MATRIX(l->v, 1);
+        }
+        for (int part = GATE; part <= DOWN; part++) {
+            if (!l->routed) COUNT_MATRIX(l->dense.part[part], 1);
+            if (l->routed) COUNT_MATRIX(l->experts.part[part], c->num_experts_per_tok);
+            if (l->routed && c->n_shared_experts) COUNT_MATRIX(l->shared.part[part], 1);
+        }
+        if (l->routed) COUNT_MATRIX(l->router, 1);
+    }
+#undef COUNT_MATRIX
+    return weights;
+}
+
+// Multiply-adds of one token of prefill, without the head.
+static double active_weights(const struct Model *model) {
+    double bytes = 0;
+    return count_active(model, 0, &bytes);
+}
+
+// Bytes of weights that decoding one token reads: the active experts, the head, of the embedding one row.
+static double active_bytes(const struct Model *model) {
+    double bytes = 0, ignored = 0;
+    count_active(model, 0, &bytes);
+    count_matrix(&model->head, 1, &ignored, &bytes);
+    return bytes + (double)model->embedding.panel_step / PANEL_ROWS;
+}
+
+// Multiply-adds of weights in a prefill. The head is for the last token alone, and so is most of the last layer: see run_forward().
+static double prefill_macs(const struct Model *model, size_t count, size_t batch) {
+    const struct ModelConfig *c = &model->config;
+    const struct Layer *last = &model->layers[c->num_hidden_layers - 1];
+    const struct Matrix *filling_cache[] = {is_mla(c) ? c->q_lora_rank ? &last->q_a : &last->q_b : &last->q, is_mla(c) ? &last->kv_a : &last->k, &last->v};
+    double ignored = 0, rest = count_active(model, c->num_hidden_layers - 1, &ignored);
+    for (size_t i = 0; i < (is_mla(c) ? 2 : 3); i++) rest -= (double)filling_cache[i]->rows * (double)filling_cache[i]->cols;
+    size_t end = (count - 1) % batch + 1, through = end > EXACT_TOKENS ? 1 : end;
+    return (double)count * active_weights(model) - (double)(count - through) * rest + (double)model->head.rows * (double)model->head.cols;
 }
 
 // ====================================================================================================================
@@ -319,17 +385,6 @@ static double time_decode(struct Bench *bench, size_t count, size_t depth) {
         for (size_t manner = 0; manner < READING_MANNERS; manner++) read_slice(&bench->probe);
     }
     return seconds;
-}
-
-// Multiply-adds of weights in a prefill. The head is for the last token alone, and so is most of the last layer: see run_forward().
-static double prefill_macs(const struct Model *model, size_t count, size_t batch) {
-    const struct ModelConfig *c = &model->config;
-    const struct Layer *last = &model->layers[c->num_hidden_layers - 1];
-    const struct Matrix *filling_cache[] = {is_mla(c) ? c->q_lora_rank ? &last->q_a : &last->q_b : &last->q, is_mla(c) ? &last->kv_a : &last->k, &last->v};
-    double ignored = 0, rest = count_active(model, c->num_hidden_layers - 1, &ignored);
-    for (size_t i = 0; i < (is_mla(c) ? 2 : 3); i++) rest -= (double)filling_cache[i]->rows * (double)filling_cache[i]->cols;
-    size_t end = (count - 1) % batch + 1, through = end > EXACT_TOKENS ? 1 : end;
-    return (double)count * active_weights(model) - (double)(count - through) * rest + (double)model->head.rows * (double)model->head.cols;
 }
 
 // A fraction as `length` characters, ended by a zero byte.

@@ -2941,55 +2941,6 @@ static void prefill(struct Session *s, const uint32_t *tokens, size_t n) {
     }
 }
 
-static void count_matrix(const struct Matrix *m, double times, double *weights, double *bytes) {
-    *weights += times * (double)m->rows * (double)m->cols;
-    *bytes += times * (double)matrix_bytes(m->dtype, m->rows, m->cols);
-}
-
-// Weights that one token multiplies in the layers from `first` on; adds what they take to *bytes.
-static double count_active(const struct Model *model, size_t first, double *bytes) {
-    const struct ModelConfig *c = &model->config;
-    double weights = 0;
-#define COUNT(matrix, times) count_matrix(&(matrix), (double)(times), &weights, bytes)
-    for (size_t i = first; i < c->num_hidden_layers; i++) {
-        const struct Layer *l = &model->layers[i];
-        COUNT(l->o, 1);
-        if (is_mla(c)) {
-            if (c->q_lora_rank) COUNT(l->q_a, 1);
-            COUNT(l->q_b, 1);
-            COUNT(l->kv_a, 1);
-            COUNT(l->key_transposed.part[0], c->num_attention_heads);
-            COUNT(l->value.part[0], c->num_attention_heads);
-        } else {
-            COUNT(l->q, 1);
-            COUNT(l->k, 1);
-            COUNT(l->v, 1);
-        }
-        for (int part = GATE; part <= DOWN; part++) {
-            if (!l->routed) COUNT(l->dense.part[part], 1);
-            if (l->routed) COUNT(l->experts.part[part], c->num_experts_per_tok);
-            if (l->routed && c->n_shared_experts) COUNT(l->shared.part[part], 1);
-        }
-        if (l->routed) COUNT(l->router, 1);
-    }
-#undef COUNT
-    return weights;
-}
-
-// Multiply-adds of one token of prefill, without the head.
-static double active_weights(const struct Model *model) {
-    double bytes = 0;
-    return count_active(model, 0, &bytes);
-}
-
-// Bytes of weights that decoding one token reads: the active experts, the head, of the embedding one row.
-static double active_bytes(const struct Model *model) {
-    double bytes = 0, ignored = 0;
-    count_active(model, 0, &bytes);
-    count_matrix(&model->head, 1, &ignored, &bytes);
-    return bytes + (double)model->embedding.panel_step / PANEL_ROWS;
-}
-
 // ====================================================================================================================
 // Sampling
 //
