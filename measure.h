@@ -130,7 +130,8 @@ static double active_bytes(const struct Model *model) {
     return bytes + (double)model->embedding.panel_step / PANEL_ROWS;
 }
 
-// Multiply-adds of weights in a prefill. The head is for the last token alone, and so is most of the last layer: see run_forward().
+// Multiply-adds of weights in a prefill. The head is for the last token alone, and so is the last layer but for fill_cache(): see
+// run_forward().
 static double prefill_macs(const struct Model *model, size_t count, size_t batch) {
     const struct ModelConfig *c = &model->config;
     const struct Layer *last = &model->layers[c->num_hidden_layers - 1];

@@ -2673,7 +2673,7 @@ static size_t count_gate_up_items(const struct Session *s, const struct FeedForw
 
 // A k-block, silu(gate) * up of some panels, [panels][n][32], to rows of s->hidden. Some rows are gathered before the first
 // of them is read again, since a vector that is loaded while its parts are still being stored comes late.
-static void store_hidden(const struct Session *s, float *gate, const struct FeedForwardJob *job, size_t first_panel, size_t panels,
+static void store_hidden(const struct Session *s, const float *gate, const struct FeedForwardJob *job, size_t first_panel, size_t panels,
                          size_t first_token, size_t n) {
     size_t first_row = first_panel * PANEL_ROWS, length = min_size(panels * PANEL_ROWS, job->gate.rows - first_row);
     size_t row = (size_t)(job->hidden - s->hidden.rows) + first_token;
@@ -2785,7 +2785,8 @@ static void run_down_of_experts(struct Session *s, int thread) {
 // forward: tokens to logits
 // ====================================================================================================================
 
-// Queries, keys and values (with MLA their latents), of which the last two go into the cache.
+// Keys and values (with MLA their latent) go into the cache. The queries, or with q_lora_rank their latents, come along: one step for
+// all the products of the same input.
 static void fill_cache(struct Session *s, int thread, size_t layer) {
     const struct ModelConfig *c = &s->model->config;
     const struct Layer *l = &s->model->layers[layer];
@@ -2864,9 +2865,9 @@ static size_t find_fastest_way(struct Trial *trial) {
     return trial->seconds[fastest][nth] < 0.98 * trial->seconds[trial->guess][nth] ? fastest : trial->guess;
 }
 
-// Thread 0 calls it at the end of a layer that decodes: the others can get no further than the barrier of norm_tokens(), before which nobody asks for
-// weights. In a round every way has one layer. After TRIAL_ROUNDS layers the order moves on by one, lest a way always have the same layers
-// of a model of 5 or 10. The logits do not depend on it.
+// Thread 0 calls it at the end of a layer that decodes: the others can get no further than the barrier of norm_tokens(), before which
+// nobody asks for weights. In a round every way has one layer. After TRIAL_ROUNDS layers the order moves on by one, lest a way always
+// have the same layers of a model of 5 or 10. The logits do not depend on it.
 static void try_prefetching(struct Session *s) {
     struct Trial *trial = &s->trial;
     if (trial->layers == PREFETCHING_WAYS * TRIAL_ROUNDS) return;
@@ -4122,7 +4123,7 @@ static void print_ids(const char *what, const uint32_t *ids, size_t count) {
 }
 
 static int command_logits(struct Command *command) {
-    bool positions = command->logits.count || command->logits.all;
+    bool positions = command->logits.count || command->logits.all, every = command->argmax || positions || command->experts.count;
     if (!command->ids) wrong_usage(command, "--ids FILE is missing");
     if (!command->greedy && !command->argmax && !positions && !command->experts.count)
         wrong_usage(command, "nothing to print: give --greedy, --argmax, --logits or --experts");
@@ -4140,7 +4141,7 @@ static int command_logits(struct Command *command) {
     check_positions(&trace, "logits", &command->logits);
     check_positions(&trace, "experts", &command->experts);
     trace.session = open_session(command, model, &(struct SessionOptions){
-        .context = trace.length, .batch = batch, .logits_rows = command->argmax || positions || command->experts.count ? batch : 1, .cache = (enum CacheType)command->cache});
+        .context = trace.length, .batch = batch, .logits_rows = every ? batch : 1, .cache = (enum CacheType)command->cache});
     trace.argmax = allocate(trace.length * sizeof *trace.argmax);
     trace.experts = allocate(layers * sizeof *trace.experts);
     open_lines(&trace.logits);

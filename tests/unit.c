@@ -402,6 +402,7 @@ static void test_last_layer(const char *path) {
             largest = fmax(largest, fabs((double)some->logits[k]));
         }
     }
+    EXPECT(some->trial.layers == model->config.num_hidden_layers, "a prompt's layer tried a way to ask for weights");
     EXPECT(furthest < (model->config.recipe == DTYPE_Q4 ? 0.05 : 1e-4) * largest, "logits of up to %g differ by up to %g", largest, furthest);
     report("%s: only the last token goes through the whole of a prompt's last layer (logits within %.1e)", name, furthest / largest);
     session_free(some);
@@ -526,6 +527,34 @@ static void test_table(void) {
     expect_speeds(rows, 5, &machine, 1.25 * 0.8, 25 * 0.4);
     expect_speeds(rows, 6, &machine, 2.5 * 0.6, 50 * 0.1);
     report("the table of bench: what was not, by the largest of its kind and type");
+}
+
+// What a prefill multiplies, against sums by hand of the models' shapes: of 16 tokens all go through the last layer, of 17 one.
+static void test_prefill_macs(void) {
+    static const struct { const char *shape; double fill, rest, others, head; } cases[] = {
+        // q, k, v; o, gate, up, down; 27 other layers
+        {"r1-distill-qwen-1.5b", 2048.0 * 1536, 1536.0 * 1536 + 3 * 8960.0 * 1536, 27 * (2048.0 * 1536 + 1536.0 * 1536 + 3 * 8960.0 * 1536),
+         151936.0 * 1536},
+        // q, kv_a; key and value factors, o, 6 experts, 2 shared, router; a dense layer and 25 others
+        {"moonlight-16b-a3b", 3648.0 * 2048, 2 * 16 * 128.0 * 512 + 2048.0 * 2048 + 8 * 3 * 1408.0 * 2048 + 64 * 2048.0,
+         26 * (3648.0 * 2048 + 2 * 16 * 128.0 * 512 + 2048.0 * 2048) + 3 * 11264.0 * 2048 + 25 * (8 * 3 * 1408.0 * 2048 + 64 * 2048.0),
+         163840.0 * 2048},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *type;
+        char error[ERROR_BYTES];
+        struct Model *model = model_of_shape(find_shape(cases[i].shape, &type), DTYPE_Q4, false, 0, false, error);
+        if (!model) die("%s", error);
+        static const struct { size_t count, batch, through; } prompts[] = {{1, 512, 1}, {16, 512, 16}, {17, 512, 1}, {512, 512, 1}, {520, 512, 8}};
+        for (size_t k = 0; k < sizeof prompts / sizeof *prompts; k++) {
+            double count = (double)prompts[k].count, through = (double)prompts[k].through;
+            double expected = count * (cases[i].others + cases[i].fill) + through * cases[i].rest + cases[i].head;
+            double macs = prefill_macs(model, prompts[k].count, prompts[k].batch);
+            EXPECT(macs == expected, "%s, %zu tokens: %.0f multiply-adds, not %.0f", cases[i].shape, prompts[k].count, macs, expected);
+        }
+        close_shape(model);
+    }
+    report("the multiply-adds of a prefill, by hand");
 }
 
 // One thread that reads two slices and a half, twice.
@@ -705,6 +734,7 @@ int main(int argc, char **argv) {
     }
     test_shapes();
     test_table();
+    test_prefill_macs();
     test_reading();
     test_formats();
     test_sampler();
