@@ -809,6 +809,8 @@ struct Kernels {
     void (*quantize_block)(const float *x, size_t cols, int8_t *quants, float *scale, int32_t *sums, int32_t *block_sum);
     // rotate_columns() of format.h.
     void (*rotate_columns)(const float *x, size_t n, float *out);
+    // out[t * stride + r] = tile[t][r], t < n, r < 32; += with `add`.
+    void (*store_tile)(const float *tile, size_t n, bool add, float *out, size_t stride);
     // Sum of x[i] * y[i].
     float (*dot)(const float *x, const float *y, size_t n);
     // The largest of n numbers, -infinity of none; not-a-numbers are left out.
@@ -1191,6 +1193,12 @@ INLINE void quantize_values_body(const float *x, size_t rows, size_t first, floa
     }
 }
 
+INLINE void store_tile_body(const float *tile, size_t n, bool add, float *out, size_t stride) {
+    for (size_t t = 0; t < n; t++, tile += PANEL_ROWS, out += stride)
+#pragma omp simd
+        for (size_t r = 0; r < PANEL_ROWS; r++) out[r] = (add ? out[r] : 0) + tile[r];
+}
+
 INLINE float exp_row_body(float *x, float maximum, const float *scales, size_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -1263,6 +1271,7 @@ static const struct Kernels portable_kernels = {
     .multiply_unpacked = {[DTYPE_Q8] = multiply_unpacked, [DTYPE_Q4] = multiply_unpacked, [DTYPE_Q6] = multiply_unpacked},
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_body,
+    .store_tile = store_tile_body,
     .dot = dot_body,
     .find_maximum = find_maximum,
     .quantize_keys = quantize_keys_body,
@@ -1287,7 +1296,7 @@ static const struct Prefetching {
     [0] = {192, true, true}, [1] = {0, true, true}, [2] = {4096, false, false},    // guess_prefetching() names them by their numbers
     [3] = {1536, true, false}, [4] = {6144, true, false}, [5] = {3072, true, false},
 };
-static struct Prefetching prefetching;
+static _Thread_local struct Prefetching prefetching;         // how this thread asks
 
 #if defined(__x86_64__) && __has_include("kernels/avx2.h")
 #include "kernels/avx2.h"
@@ -2147,17 +2156,17 @@ static void multiply_panel(const struct Session *s, struct Worker *worker, uint3
         }
         return;
     }
-    // Meanwhile the next panel comes from memory, a part with every tile; with one tile, the kernel's own requests do.
-    size_t bytes = panel_bytes(dtype, panel_cols);
-    float tile[TILE_TOKENS * PANEL_ROWS];
-    for (size_t i = 0, n = 0; i < count; i++) {
-        if (i % TILE_TOKENS == 0) {
-            n = min_size(TILE_TOKENS, count - i);
-            if (count > n) prefetch_part(panel + bytes, bytes, i, i + n, count);
-            s->kernels->product[dtype](panel, cols, rows + i, n, tile);
-        }
-        for (size_t r = 0; r < PANEL_ROWS; r++) out[i * stride + r] = (add ? out[i * stride + r] : 0) + tile[i % TILE_TOKENS * PANEL_ROWS + r];
+    // One tile asks for its own panel ahead of time. Of several the last asks for the next panel, a little with every step, and the
+    // others for nothing new: where they multiply, memory would only be waited for.
+    const struct Prefetching own = prefetching;
+    for (size_t i = 0, n; i < count; i += n) {
+        float tile[TILE_TOKENS * PANEL_ROWS];
+        n = min_size(TILE_TOKENS, count - i);
+        if (n < count) prefetching = (struct Prefetching){.bytes = i + n == count ? panel_bytes(dtype, panel_cols) : 0};
+        s->kernels->product[dtype](panel, cols, rows + i, n, tile);
+        s->kernels->store_tile(tile, n, add, out + i * stride, stride);
     }
+    prefetching = own;
 }
 
 // Lets the queries look at a block's `count` positions from `first` on.
@@ -2332,7 +2341,7 @@ static void prepare_queries(struct Session *s, int thread, size_t layer) {
             rotate(s, t, q + dim - rope_dim(c));
             for (size_t d = 0; d < dim; d++) q[d] *= s->softmax_scale;
         }
-        if (s->n <= EXACT_TOKENS) take_queries(s, l, &(struct Piece){.first_head = head, .heads = 1, .tokens = s->n}, &s->queries, head * EXACT_TOKENS);
+        if (s->n <= EXACT_TOKENS) take_queries(s, l, &(struct Piece){.first_head = head, .heads = 1, .tokens = s->n}, &s->queries, head * s->n);
     }
 }
 
@@ -2392,7 +2401,7 @@ static void attend_cache(struct Session *s, int thread, size_t layer) {
         struct Piece piece = piece_at(s, &all, item);
         if (s->n > EXACT_TOKENS) take_queries(s, l, &piece, &w->queries, 0);
         else for (size_t i = 0; i < piece.tokens * piece.heads; i++)
-            w->queries.rows[i] = s->queries.rows[(piece.first_head + i % piece.heads) * EXACT_TOKENS + piece.first_token + i / piece.heads];
+            w->queries.rows[i] = s->queries.rows[(piece.first_head + i % piece.heads) * s->n + piece.first_token + i / piece.heads];
         struct Queries queries = attend_span(s, w, layer, &piece, all.spans);
         for (size_t i = 0; i < queries.count && all.spans > 1; i++) {
             size_t at = ((piece.first_token + i / piece.heads) * all.spans + piece.span) * heads + piece.first_head + i % piece.heads;
@@ -2876,7 +2885,6 @@ static void try_prefetching(struct Session *s) {
     trial->start = now;
     size_t next = ++trial->layers;
     trial->way = next < PREFETCHING_WAYS * TRIAL_ROUNDS ? (trial->guess + next + next / TRIAL_ROUNDS) % PREFETCHING_WAYS : find_fastest_way(trial);
-    prefetching = prefetching_ways[trial->way];
 }
 
 // Leaves the last token alone, as if it were decoded behind the others.
@@ -2901,6 +2909,7 @@ static void run_forward(void *argument, int thread) {
     team_barrier(s->team);
     for (size_t layer = 0; layer < layers; layer++) {
         norm_tokens(s, thread, model->layers[layer].input_norm);
+        prefetching = prefetching_ways[s->trial.way];
         // Tokens whose logits nobody wants need no more of the last layer than their keys and values.
         if (layer + 1 == layers && (s->wanted == LOGITS_NONE || (s->wanted == LOGITS_LAST && s->n > EXACT_TOKENS))) {
             fill_cache(s, thread, layer);
@@ -2928,7 +2937,6 @@ static void forward(struct Session *s, const uint32_t *tokens, size_t n, enum Lo
     s->n = n;
     s->wanted = wanted;
     s->trial.start = clock_seconds();
-    prefetching = prefetching_ways[s->trial.way];
     team_run(s->team, run_forward, s);
     s->position = position + n;
 }

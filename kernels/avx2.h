@@ -952,6 +952,10 @@ AVX2 static void quantize_values_avx2(const float *x, size_t rows, size_t first,
     quantize_values_body(x, rows, first, scales, panels);
 }
 
+AVX2 static void store_tile_avx2(const float *tile, size_t n, bool add, float *out, size_t stride) {
+    store_tile_body(tile, n, add, out, stride);
+}
+
 AVX2 static uint64_t read_probe_avx2(const uint8_t *bytes, size_t count, size_t ahead, bool pages) {
     READ_PROBE_BODY(Vector256, bytes, count, ahead, pages)
 }
@@ -993,6 +997,7 @@ static bool has_avxvnni(void) {
         .multiply_unpacked = {[DTYPE_Q8] = multiplying, [DTYPE_Q4] = multiplying, [DTYPE_Q6] = multiplying_q6},          \
         .quantize_block = quantize_block_avx2,                                                                          \
         .rotate_columns = rotate_columns_avx2,                                                                          \
+        .store_tile = store_tile_avx2,                                                                                  \
         .dot = dot_avx2,                                                                                                \
         .find_maximum = find_maximum_avx2,                                                                              \
         .quantize_keys = quantize_keys_avx2,                                                                            \

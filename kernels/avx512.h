@@ -714,6 +714,10 @@ AVX512 static void quantize_values_avx512(const float *x, size_t rows, size_t fi
     quantize_values_body(x, rows, first, scales, panels);
 }
 
+AVX512 static void store_tile_avx512(const float *tile, size_t n, bool add, float *out, size_t stride) {
+    store_tile_body(tile, n, add, out, stride);
+}
+
 AVX512 static uint64_t read_probe_avx512(const uint8_t *bytes, size_t count, size_t ahead, bool pages) {
     READ_PROBE_BODY(Vector512, bytes, count, ahead, pages)
 }
@@ -733,6 +737,7 @@ static const struct Kernels avx512_kernels = {
     .multiply_unpacked = {[DTYPE_Q8] = multiply_unpacked_avx512, [DTYPE_Q4] = multiply_unpacked_avx512, [DTYPE_Q6] = multiply_unpacked_avx512},
     .quantize_block = quantize_block_avx512,
     .rotate_columns = rotate_columns_avx512,
+    .store_tile = store_tile_avx512,
     .dot = dot_avx512,
     .find_maximum = find_maximum_avx512,
     .quantize_keys = quantize_keys_avx512,

@@ -672,6 +672,7 @@ static const struct Kernels neon_kernels = {
     .multiply_unpacked = {[DTYPE_Q8] = multiply_unpacked_neon, [DTYPE_Q4] = multiply_unpacked_neon, [DTYPE_Q6] = multiply_unpacked_neon},
     .quantize_block = quantize_block_body,
     .rotate_columns = rotate_columns_neon,
+    .store_tile = store_tile_body,
     .dot = dot_neon,
     .find_maximum = find_maximum_neon,
     .quantize_keys = quantize_keys_body,

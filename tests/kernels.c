@@ -399,6 +399,25 @@ static void test_rotate_columns(const struct Kernels *table) {
     report(table->name, "rotate_columns, same bits as portable");
 }
 
+static void test_store_tile(const struct Kernels *table) {
+    enum { STRIDE = PANEL_ROWS + 5 };
+    float tile[TILE_TOKENS * PANEL_ROWS], before[TILE_TOKENS * STRIDE], out[TILE_TOKENS * STRIDE];
+    for (size_t i = 0; i < TILE_TOKENS * PANEL_ROWS; i++) tile[i] = next_float();
+    for (size_t n = 1; n <= TILE_TOKENS; n++)
+        for (int add = 0; add < 2; add++) {
+            for (size_t i = 0; i < TILE_TOKENS * STRIDE; i++) out[i] = before[i] = next_float();
+            table->store_tile(tile, n, add, out, STRIDE);
+            for (size_t i = 0; i < TILE_TOKENS * STRIDE; i++) {
+                size_t t = i / STRIDE, r = i % STRIDE;
+                bool stored = t < n && r < PANEL_ROWS;
+                float expected = stored ? (add ? before[i] : 0) + tile[t * PANEL_ROWS + r] : before[i];
+                EXPECT(same_bits(out + i, &expected, 1), "%zu tokens, add %d: out[%zu][%zu] is %.9g, not %.9g", n, add, t, r, (double)out[i],
+                       (double)expected);
+            }
+        }
+    report(table->name, "store_tile");
+}
+
 static const size_t LENGTHS[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 64, 80, 100, 128, 192, 256, 512, 576, 1000};
 enum { LENGTHS_COUNT = sizeof LENGTHS / sizeof *LENGTHS };
 
@@ -524,6 +543,7 @@ int main(int argc, char **argv) {
         test_products(list[i]);
         test_quantize_block(list[i]);
         test_rotate_columns(list[i]);
+        test_store_tile(list[i]);
         test_dot(list[i]);
         test_exponentials(list[i]);
         test_cache_blocks(list[i]);
