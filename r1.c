@@ -2269,7 +2269,7 @@ struct Piece {
 };
 
 // How a step is cut into pieces: as large as the buffers allow, so that a part of the cache is read once for many queries,
-// but enough pieces for all threads. Of few tokens no thread shall have a quarter more to do than its part: that is what a cache
+// but enough pieces for all threads. Of few tokens no thread shall have a third more to do than its part: that is what a cache
 // read twice, for half the heads each, costs.
 struct Pieces {
     size_t cache_heads, group;    // heads that share one
@@ -2286,11 +2286,15 @@ static struct Pieces cut_attention(const struct Session *s) {
     all.heads = min_size(all.group, ATTENTION_QUERIES);
     all.tokens = min_size(s->n, ATTENTION_QUERIES / all.heads);
     size_t threads = (size_t)s->team->threads, positions = s->position + s->n, longest = all.spans > 1 ? CACHE_SPAN : positions;
+    size_t whole_spans = positions / longest, rest = positions % longest;
     for (;;) {
         all.head_pieces = ceil_div(all.group, all.heads);
         all.token_pieces = ceil_div(s->n, all.tokens);
         size_t of_a_span = all.cache_heads * all.head_pieces * all.token_pieces, pieces = of_a_span * all.spans;
-        bool even = of_a_span % threads == 0 || ceil_div(pieces, threads) * threads * longest * 4 <= of_a_span * positions * 5;
+        // The thread with most to do has whole spans, and of the last span what the threads with fewer of those have left over.
+        size_t whole = of_a_span * whole_spans, idle = ceil_div(whole, threads) * threads - whole;
+        size_t most = ceil_div(whole, threads) * longest + ceil_div(of_a_span - min_size(of_a_span, idle), threads) * rest;
+        bool even = most * threads * 3 <= of_a_span * positions * 4;
         if ((many ? pieces >= 16 * threads : even) || all.heads * all.tokens == 1) return all;
         if (all.tokens > 1) all.tokens = ceil_div(all.tokens, 2);
         else all.heads = ceil_div(all.heads, 2);
