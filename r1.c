@@ -1772,6 +1772,23 @@ static void prefetch_part(const uint8_t *data, size_t bytes, size_t first, size_
     for (size_t line = bytes / 64 * first / all; line < bytes / 64 * end / all; line++) __builtin_prefetch(data + line * 64, 0, 2);
 }
 
+// out[i][32] = a panel times the rows, `stride` floats from row to row; += with `add`. The next panel is `step` bytes further. If all rows
+// are one tile, its weights are asked for ahead of themselves. Otherwise the last tile, which is a full one, asks for the next panel, a
+// little with every step, and those before for nothing new: a core cannot both multiply and wait for a panel that is not there.
+static void multiply_rows(const struct Session *s, uint32_t dtype, const uint8_t *panel, size_t step, size_t cols, const struct Row *rows,
+                          size_t count, bool add, float *out, size_t stride) {
+    const struct Prefetching own = prefetching;
+    float tile[TILE_TOKENS * PANEL_ROWS];
+    bool direct = stride == PANEL_ROWS && !add;
+    for (size_t i = 0, n; i < count; i += n) {
+        n = i == 0 && count % TILE_TOKENS ? count % TILE_TOKENS : TILE_TOKENS;
+        if (n < count) prefetching = (struct Prefetching){.bytes = i + n == count ? step : 0};
+        s->kernels->product[dtype](panel, cols, rows + i, n, direct ? out + i * stride : tile);
+        if (!direct) s->kernels->store_tile(tile, n, add, out + i * stride, stride);
+    }
+    prefetching = own;
+}
+
 #define PREFETCH_TOKENS 32        // that are multiplied between two requests for the weights to come
 
 // Columns [first, first + depth) of some panels of integer weights times n rows, added to out [panels][n][32] but for the first
@@ -1800,9 +1817,8 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
     size_t width = panels * PANEL_ROWS;
     if (n <= EXACT_TOKENS) {
         for (size_t p = 0; p < panels; p++)
-            for (size_t t = 0; t < n; t += TILE_TOKENS)
-                s->kernels->product[m->dtype](m->data + (first_panel + p) * m->panel_step, m->cols, x + t, min_size(TILE_TOKENS, n - t),
-                                              out + (p * n + t) * PANEL_ROWS);
+            multiply_rows(s, m->dtype, m->data + (first_panel + p) * m->panel_step, m->panel_step, m->cols, x, n, false, out + p * n * PANEL_ROWS,
+                          PANEL_ROWS);
         return;
     }
     for (size_t first = 0; first < m->cols; first += GEMM_DEPTH) {
@@ -2156,17 +2172,7 @@ static void multiply_panel(const struct Session *s, struct Worker *worker, uint3
         }
         return;
     }
-    // One tile asks for its own panel ahead of time. Of several the last asks for the next panel, a little with every step, and the
-    // others for nothing new: where they multiply, memory would only be waited for.
-    const struct Prefetching own = prefetching;
-    for (size_t i = 0, n; i < count; i += n) {
-        float tile[TILE_TOKENS * PANEL_ROWS];
-        n = min_size(TILE_TOKENS, count - i);
-        if (n < count) prefetching = (struct Prefetching){.bytes = i + n == count ? panel_bytes(dtype, panel_cols) : 0};
-        s->kernels->product[dtype](panel, cols, rows + i, n, tile);
-        s->kernels->store_tile(tile, n, add, out + i * stride, stride);
-    }
-    prefetching = own;
+    multiply_rows(s, dtype, panel, panel_bytes(dtype, panel_cols), cols, rows, count, add, out, stride);
 }
 
 // Lets the queries look at a block's `count` positions from `first` on.
