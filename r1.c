@@ -2275,7 +2275,7 @@ struct Piece {
 };
 
 // How a step is cut into pieces: as large as the buffers allow, so that a part of the cache is read once for many queries,
-// but enough pieces for all threads. Of few tokens no thread shall have a third more to do than its part: that is what a cache
+// but enough pieces for all threads. Of few tokens no thread shall have a quarter more to do than its part: that is what a cache
 // read twice, for half the heads each, costs.
 struct Pieces {
     size_t cache_heads, group;    // heads that share one
@@ -2300,7 +2300,7 @@ static struct Pieces cut_attention(const struct Session *s) {
         // The thread with most to do has whole spans, and of the last span what the threads with fewer of those have left over.
         size_t whole = of_a_span * whole_spans, idle = ceil_div(whole, threads) * threads - whole;
         size_t most = ceil_div(whole, threads) * longest + ceil_div(of_a_span - min_size(of_a_span, idle), threads) * rest;
-        bool even = most * threads * 3 <= of_a_span * positions * 4;
+        bool even = most * threads * 4 <= of_a_span * positions * 5;
         if ((many ? pieces >= 16 * threads : even) || all.heads * all.tokens == 1) return all;
         if (all.tokens > 1) all.tokens = ceil_div(all.tokens, 2);
         else all.heads = ceil_div(all.heads, 2);

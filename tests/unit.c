@@ -403,6 +403,10 @@ static void test_last_layer(const char *path) {
         }
     }
     EXPECT(some->trial.layers == model->config.num_hidden_layers, "a prompt's layer tried a way to ask for weights");
+    some->trial.layers = PREFETCHING_WAYS * TRIAL_ROUNDS, some->trial.way = 3;      // as if that had been found
+    forward(some, (const uint32_t[]){1}, 1, LOGITS_LAST);
+    EXPECT(prefetching.bytes == prefetching_ways[3].bytes && prefetching.first_only == prefetching_ways[3].first_only &&
+               prefetching.pages == prefetching_ways[3].pages, "the way found is not in use");
     EXPECT(furthest < (model->config.recipe == DTYPE_Q4 ? 0.05 : 1e-4) * largest, "logits of up to %g differ by up to %g", largest, furthest);
     report("%s: only the last token goes through the whole of a prompt's last layer (logits within %.1e)", name, furthest / largest);
     session_free(some);
@@ -654,7 +658,7 @@ static void test_items(void) {
     report("every item of a step is taken once, a thread's own share first, and not too many at a time");
 }
 
-// The pieces of attention: every query meets every position once, and of a token no thread has a third more to do than its
+// The pieces of attention: every query meets every position once, and of a token no thread has a quarter more to do than its
 // part, at any depth; who is ready first takes the next piece, of its own share or, when that is at its end, of another's.
 static void test_pieces(void) {
     static struct Team team;
@@ -686,7 +690,7 @@ static void test_pieces(void) {
                     }
                     size_t expected = shapes[shape].heads * counts[n] * (depths[d] + counts[n]);
                     EXPECT(sum == expected, "%u heads, %zu tokens behind %zu: %zu products, not %zu", shapes[shape].heads, counts[n], depths[d], sum, expected);
-                    EXPECT(counts[n] > 1 || largest * (size_t)team.threads * 3 <= sum * 4, "%u heads behind %zu, %d threads: one has %zu products of %zu",
+                    EXPECT(counts[n] > 1 || largest * (size_t)team.threads * 4 <= sum * 5, "%u heads behind %zu, %d threads: one has %zu products of %zu",
                            shapes[shape].heads, depths[d], team.threads, largest, sum);
                 }
     report("attention's pieces: every query meets every position once, and of a token the threads have about as much work");
