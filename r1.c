@@ -2570,13 +2570,16 @@ static uint32_t find_largest(const float *values, size_t n) {
     return (uint32_t)largest;
 }
 
-// Chooses a token's experts. logits [experts] are replaced; ids and weights [num_experts_per_tok] in order of choice.
-static void select_experts(const struct ModelConfig *c, const float *bias, float *logits, uint32_t *ids, float *weights) {
+// Chooses a token's experts from the router's logits [experts]; ids, each another one, and weights [num_experts_per_tok] in order
+// of choice.
+static void select_experts(const struct ModelConfig *c, const float *bias, const float *logits, uint32_t *ids, float *weights) {
     size_t experts = c->n_routed_experts, per_group = experts / c->n_group;
     float scores[MAX_EXPERTS], choice[MAX_EXPERTS], group_scores[MAX_EXPERTS];
     for (size_t e = 0; e < experts; e++) {
         scores[e] = 1.0f / (1.0f + expf(-logits[e]));
         choice[e] = scores[e] + bias[e];
+        // Damaged weights: what is no number, or -infinity, must not be taken for an expert that was chosen before.
+        if (!(choice[e] > -1e30f)) choice[e] = -1e30f;
     }
     // A group counts for its two best experts.
     for (size_t g = 0; g < c->n_group; g++) {

@@ -4,6 +4,7 @@
 // The models are small ones that tests/groups/unit.sh converts; the loader is shown every single damaged byte of their
 // metadata, the forward pass every kind of garbage as weights. Prints a line "ok WHAT" or "FAIL WHAT: WHY" for each thing.
 #define _GNU_SOURCE
+#include <float.h>
 #include <ftw.h>
 #include <jansson.h>
 #include <stdbool.h>
@@ -363,6 +364,8 @@ static void test_forward(const char *path) {
                 uint32_t token = sample_token(&sampler, session->logits);
                 EXPECT(token < model->config.vocab_size, "a token beyond the vocabulary");
                 forward(session, &token, 1, LOGITS_LAST);
+                for (size_t j = 0; j < session->job_count; j++)
+                    EXPECT(session->jobs[j].n == 1, "a token visits an expert %zu times", session->jobs[j].n);
             }
             session_free(session);
         }
@@ -413,6 +416,40 @@ static void test_last_layer(const char *path) {
     session_free(all);
     model_close(model);
     free(file.bytes);
+}
+
+// Whatever the router's logits and biases are, a token's experts are different ones, of the groups that may be chosen: a buffer has
+// room for as many visits of an expert as there are tokens.
+static void test_router(void) {
+    static const struct ModelConfig configs[] = {
+        {.n_routed_experts = 256, .n_group = 8, .topk_group = 4, .num_experts_per_tok = 8, .norm_topk_prob = 1, .routed_scaling_factor = 2.5f},
+        {.n_routed_experts = 64, .n_group = 1, .topk_group = 1, .num_experts_per_tok = 6, .norm_topk_prob = 1, .routed_scaling_factor = 2.446f},
+        {.n_routed_experts = 6, .n_group = 6, .topk_group = 6, .num_experts_per_tok = 6, .norm_topk_prob = 0, .routed_scaling_factor = 1},
+    };
+    static const float odd[] = {NAN, -NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 0, 1};
+    enum { ODD = sizeof odd / sizeof *odd };
+    for (size_t i = 0; i < sizeof configs / sizeof *configs; i++)
+        for (size_t round = 0; round < 1000; round++) {
+            const struct ModelConfig *c = &configs[i];
+            float logits[256], bias[256], weights[8];
+            uint32_t ids[8];
+            for (size_t e = 0; e < c->n_routed_experts; e++) {   // first each with each, then any with any
+                logits[e] = odd[(round < ODD * ODD ? round : test_random()) % ODD];
+                bias[e] = odd[(round < ODD * ODD ? round / ODD : test_random()) % ODD];
+            }
+            select_experts(c, bias, logits, ids, weights);
+            bool chosen[256] = {false}, group_chosen[256] = {false};
+            size_t groups = 0;
+            for (size_t k = 0; k < c->num_experts_per_tok; k++) {
+                EXPECT(ids[k] < c->n_routed_experts, "expert %u of %u", ids[k], c->n_routed_experts);
+                EXPECT(!chosen[ids[k] % 256], "round %zu: expert %u is chosen twice", round, ids[k]);
+                size_t group = ids[k] % 256 / (c->n_routed_experts / c->n_group);
+                groups += !group_chosen[group];
+                chosen[ids[k] % 256] = group_chosen[group] = true;
+            }
+            EXPECT(groups <= c->topk_group, "experts of %zu groups, not %u", groups, c->topk_group);
+        }
+    report("a token's experts are different ones, whatever the router says");
 }
 
 // ---- the memory of a control group
@@ -747,6 +784,7 @@ int main(int argc, char **argv) {
     test_items();
     test_pieces();
     test_trial();
+    test_router();
     test_groups();
     for (int i = 1; i < argc; i++) test_loader(argv[i]);
     for (int i = 1; i < argc; i++) test_forward(argv[i]);
