@@ -3130,8 +3130,9 @@ static const char *const color_words[] = {"auto", "always", "never"};
 #define COMPUTING (RUN | BENCH | PERPLEXITY | LOGITS)
 static const struct Option options[] = {
     {"max-tokens", 'n', RUN, OPTION_COUNT, FIELD(max_tokens), 1, 1 << 24, NULL, "Length", "N", "end after N tokens (32768)"},
-    {"context", 'c', RUN | PERPLEXITY | INSPECT, OPTION_COUNT, FIELD(context), 1, 1 << 24, NULL, "Length", "N",
+    {"context", 'c', RUN | INSPECT, OPTION_COUNT, FIELD(context), 1, 1 << 24, NULL, "Length", "N",
      "room for N tokens, prompt and output together"},
+    {"context", 'c', PERPLEXITY, OPTION_COUNT, FIELD(context), 1, 1 << 24, NULL, "Length", "N", "windows of N tokens (2048)"},
     {"temperature", 0, RUN, OPTION_NUMBER, FIELD(temperature), 0, 100, NULL, "Sampling", "X",
      "how freely tokens are drawn; 0 always takes the likeliest (0.6)"},
     {"top-p", 0, RUN, OPTION_NUMBER, FIELD(top_p), 0, 1, NULL, "Sampling", "X",
@@ -3177,8 +3178,9 @@ static const struct Option options[] = {
     {"quiet", 'q', ALL_COMMANDS, OPTION_FLAG, FIELD(quiet), 0, 0, NULL, "Output", NULL, "no progress, remarks and statistics"},
     {"threads", 't', COMPUTING | INSPECT, OPTION_COUNT, FIELD(threads), 1, MAX_THREADS, NULL, "Machine", "N",
      "threads (as many as there are physical cores)"},
-    {"batch", 0, COMPUTING | INSPECT, OPTION_COUNT, FIELD(batch), 1, MAX_BATCH, NULL, "Machine", "N",
+    {"batch", 0, RUN | BENCH | LOGITS | INSPECT, OPTION_COUNT, FIELD(batch), 1, MAX_BATCH, NULL, "Machine", "N",
      "tokens of a prompt read at once (512; 2048 with experts)"},
+    {"batch", 0, PERPLEXITY, OPTION_COUNT, FIELD(batch), 1, MAX_BATCH, NULL, "Machine", "N", "tokens of a window read at once (512)"},
     {"copy", 0, COMPUTING, OPTION_FLAG, FIELD(copy), 0, 0, NULL, "Machine", NULL,
      "copy the model's file into memory first, in 2 MB pages, instead of reading it in place"},
     {"kv", 0, COMPUTING | INSPECT, OPTION_WORD, FIELD(cache), 0, CACHE_Q8, cache_names, "Machine", "TYPE",
@@ -3772,9 +3774,10 @@ static struct SessionOptions choose_session(const struct Generation *g) {
     uint64_t available = available_memory();
     if (command->context != NOT_GIVEN || !available) return chosen;
 
-    // A model larger than memory is read from disk as it runs; an eighth of the memory may hold its cache all the same.
-    uint64_t room = available / 8;
-    if (available > g->model->size && available - g->model->size > room) room = available - g->model->size;
+    // A model larger than memory is read from disk as it runs; an eighth of the memory may hold its cache all the same. A copy is in
+    // memory already.
+    uint64_t room = available / 8, weights = command->copy ? 0 : g->model->size;
+    if (available > weights && available - weights > room) room = available - weights;
     size_t wanted = chosen.context;
     struct MemoryPlan plan = plan_memory(g->model, &chosen, command->team->threads);
     for (; plan.cache + plan.scratch > room && chosen.context > least; plan = plan_memory(g->model, &chosen, command->team->threads))
@@ -3866,7 +3869,8 @@ static void print_statistics(const struct Generation *g) {
     if (reading > 0) fprintf(stderr, ", %.1f tok/s", (double)g->prompt.count / reading);
     fprintf(stderr, " | first token %.2f s | written %zu tokens", reading, g->written);
     if (g->written > 1 && writing > 0) {
-        double rate = (double)(g->written - (g->reason != END_BY_MODEL)) / writing;   // the last one was drawn, not evaluated
+        bool skipped = g->reason == END_BY_LENGTH || g->reason == END_BY_CONTEXT;   // the last one was drawn, not evaluated
+        double rate = (double)(g->written - skipped) / writing;
         fprintf(stderr, ", %.1f tok/s, %.2f GB/s", rate, rate * active_bytes(g->model) / 1e9);
     }
     if (command->temperature > 0) fprintf(stderr, " | seed %" PRIu64, g->seed);

@@ -452,6 +452,33 @@ static void test_router(void) {
     report("a token's experts are different ones, whatever the router says");
 }
 
+// A file that takes all of the memory leaves an eighth of it to the cache; weights that --copy has read are no longer to come.
+static void test_context(void) {
+    const char *type;
+    char error[ERROR_BYTES];
+    struct Model *model = model_of_shape(find_shape("r1-distill-qwen-1.5b", &type), DTYPE_Q4, false, 0, false, error);
+    if (!model) die("%s", error);
+    static struct Team team;
+    team.threads = 1;
+    uint64_t available = available_memory();
+    model->config.max_position_embeddings = UINT32_MAX;
+    model->size = available;
+    struct SessionOptions options = {.context = 1 << 20, .batch = 512, .logits_rows = 1, .cache = CACHE_F16};
+    struct MemoryPlan plan = plan_memory(model, &options, 1);
+    struct Command command = {.context = NOT_GIVEN, .batch = NOT_GIVEN, .cache = CACHE_F16, .quiet = true, .team = &team};
+    command.max_tokens = (uint64_t)((double)options.context / (double)(plan.cache + plan.scratch) * (double)available / 2);
+    struct Generation generation = {.command = &command, .model = model};
+    options = choose_session(&generation);
+    plan = plan_memory(model, &options, 1);
+    EXPECT(plan.cache + plan.scratch < available / 7, "%.1f GB beside a file as large as the %.1f GB of memory",
+           (double)(plan.cache + plan.scratch) / 1e9, (double)available / 1e9);
+    command.copy = true;
+    options = choose_session(&generation);
+    EXPECT(options.context == command.max_tokens, "a context of %zu tokens beside a copy, not %" PRIu64, options.context, command.max_tokens);
+    report("the context that fits into memory beside a file, and beside its copy");
+    close_shape(model);
+}
+
 // ---- the memory of a control group
 
 static void put_file(const char *folder, const char *name, const char *text) {
@@ -785,6 +812,7 @@ int main(int argc, char **argv) {
     test_pieces();
     test_trial();
     test_router();
+    test_context();
     test_groups();
     for (int i = 1; i < argc; i++) test_loader(argv[i]);
     for (int i = 1; i < argc; i++) test_forward(argv[i]);
