@@ -774,7 +774,6 @@ static FILE *open_base(const char *path, const struct BaseHeader *expected) {
     return file;
 }
 
-// A file that is left unfinished is too short for its header, which open_base() notices.
 // Written beside its final name, which it gets when it is whole.
 static FILE *create_base(const char *path, char *partial, size_t size, const struct BaseHeader *header) {
     if ((size_t)snprintf(partial, size, "%s.partial", path) >= size) die("%s: the name is too long", path);

@@ -380,7 +380,7 @@ struct Matrix {
 // `count` blobs of up to three matrices of the same shapes: a feed-forward network, a layer's experts, a factor per head.
 struct Blobs {
     struct Matrix part[ENTRY_MAX_PARTS];   // of blob 0
-    size_t count, stride;
+    size_t stride;
 };
 
 enum { GATE, UP, DOWN };          // the parts of a feed-forward network
@@ -438,11 +438,6 @@ static size_t query_dim(const struct ModelConfig *c) {
 }
 static size_t rope_dim(const struct ModelConfig *c) { return is_mla(c) ? c->qk_rope_head_dim : c->head_dim; }
 static size_t value_dim(const struct ModelConfig *c) { return is_mla(c) ? c->v_head_dim : c->head_dim; }
-
-static const char *architecture_name(uint32_t architecture) {
-    static const char *const names[] = {"none", "deepseek_v3", "qwen2", "llama", "qwen3"};
-    return architecture < sizeof names / sizeof *names ? names[architecture] : "unknown";
-}
 
 // ---- reading the file
 
@@ -520,7 +515,6 @@ static bool bind_blobs(const struct Binder *binder, struct Blobs *out, size_t co
         if (!check_shape(binder, entry, part, sizes[part][0], sizes[part][1])) return false;
         out->part[part] = part_matrix(binder, entry, part);
     }
-    out->count = count;
     out->stride = entry->stride;
     return true;
 }
@@ -711,7 +705,7 @@ __asm__(READ_ONLY_SECTION
 extern const uint8_t demo_file_start[], demo_file_end[];
 #endif
 
-// A directory or a file of another program, given where an .r1 file belongs: says what to do instead.
+// A directory or a file of another program, given where an .r1 file belongs: false, and error says what to do instead.
 static bool explain_foreign_model(const char *path, bool directory, const uint8_t *bytes, size_t size, char *error) {
     if (directory) {
         char config[4096];
@@ -779,7 +773,7 @@ static struct Model *model_open(const char *path, char *error) {
 // One token's input of a matrix product. Integer weights (q8, q4, q6) take the quantised form, float weights the values.
 struct Row {
     const float *values;          // [cols]
-    const int8_t *quants;         // [cols]            values = quants * scales[column / 256]
+    const int8_t *quants;         // [cols]            rotated values (format.h) = quants * scales[column / 256]
     const float *scales;          // [ceil(cols/256)]
     const int32_t *sums;          // [cols / 32]       sum of each 32 quants
     const int32_t *block_sums;    // [ceil(cols/256)]  and of each 256
@@ -815,9 +809,9 @@ struct Kernels {
     float (*dot)(const float *x, const float *y, size_t n);
     // The largest of n numbers, -infinity of none; not-a-numbers are left out.
     float (*find_maximum)(const float *x, size_t n);
-    // Quantises 32 columns of x [rows][32], each with a scale of its own: what a block of 256 positions like a q8 cache's holds
-    // of keys (rows <= 256, a multiple of 32: a k-block of a q8 panel) and of values (its place is that of positions first
-    // to first + 31; rows a multiple of 32).
+    // Quantises x [rows][32] for a block of a q8 cache: 32 positions, a column each, with one scale a column. quantize_keys writes
+    // a k-block of a panel of keys (rows <= 256, a multiple of 32), quantize_values positions first to first + 31 of the panels
+    // of values, and their scales (rows a multiple of 32).
     void (*quantize_keys)(const float *x, size_t rows, uint8_t *block);
     void (*quantize_values)(const float *x, size_t rows, size_t first, float *scales, uint8_t *panels);
     // x[i] = exp(x[i] - maximum), times scales[i] unless scales is NULL; returns the sum without scales.
@@ -1358,7 +1352,7 @@ static const char *const cache_names[] = {"f32", "f16", "q8"};
 #define GEMM_PANELS 4             // panels of one OpenBLAS product: 128 rows
 #define GEMM_COLUMNS (GEMM_PANELS * PANEL_ROWS)
 #define GEMM_DEPTH 512            // columns of one OpenBLAS product, or of the panels unpacked at a time
-#define HIDDEN_TOKENS 256         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
+#define MIDDLE_TOKENS 256         // tokens for which 256 columns of a feed-forward network's middle are computed at a time
 #define MAX_KEY_COLS 5120         // of a cache: 4096 + 1024 of MLA (format.h's limits)
 #define CACHE_BLOCK 256           // positions of a block of the cache, which attention takes at a time
 #define CACHE_SPAN 1024           // positions of a piece of attention for few tokens; a multiple of CACHE_BLOCK
@@ -1372,25 +1366,24 @@ struct SessionOptions {
     enum CacheType cache;
 };
 
-// Inputs of matrix products, one Row a token, in one buffer of `capacity` values.
+// Inputs of matrix products, one Row a token, in one buffer.
 struct Activations {
     struct Row *rows;
     float *values;
     int8_t *quants;
     float *scales;
     int32_t *sums, *block_sums;
-    size_t capacity;
 };
 
-// A feed-forward network and the tokens that visit it. A dense layer is one job that every token visits; a
-// mixture-of-experts layer has a job for each expert that was chosen, and one for the shared experts.
+// A feed-forward network and the tokens that visit it: a visit is one token at one job. A dense layer is one job that every
+// token visits; a mixture-of-experts layer has a job for each expert that was chosen, and one for the shared experts.
 struct FeedForwardJob {
     struct Matrix gate, up, down;
     size_t n;                     // tokens
     const uint32_t *tokens;       // [n] which ones
     const float *weights;         // [n] how much of the result each takes
     struct Row *inputs;           // [n]
-    struct Row *hidden;           // [n] silu(gate) * up, the inputs of down
+    struct Row *middle;           // [n] silu(gate) * up, the inputs of down
     float *gate_results, *up_results;   // [intermediate/32][n][32] of few tokens: what the two gave
     float *results;               // [hidden/32][n][32] of few tokens: what down gave
 };
@@ -1406,7 +1399,7 @@ struct Worker {
     float *gemm_tile;             // [batch][128]
     struct Activations queries;   // [256, or batch][query dim, or kv_lora_rank + rope]
     float *mixed;                 // as many [value dim, or kv_lora_rank]
-    struct Activations shares;    // [256][256] scores of the queries, and the softmax of them
+    struct Activations scores;    // [256][256] of the queries, and the softmax of them
     float *maxima, *sums;         // [max(256, batch)] of the softmax of each query
     // MLA where keys and values are expanded
     float *key_factor;            // [kv_lora_rank][nope] a head's factors as floats
@@ -1455,7 +1448,7 @@ struct Session {
     struct Activations input;     // [batch][hidden] normalised x
     struct Activations latent;    // [batch][q_lora_rank] MLA
     struct Activations attended;  // [batch][heads * value dim]
-    struct Activations hidden;    // [batch * visits][intermediate]
+    struct Activations middle;    // [batch * (experts per token + 1)][intermediate] silu(gate) * up of each visit
     float *q;                     // [batch][heads * query dim]
     struct Activations queries;   // [heads][16] of few tokens, as they meet the cache
     float *k, *v;                 // [batch][kv_heads * head_dim] GQA
@@ -1469,7 +1462,7 @@ struct Session {
     float *job_weights;
     struct Row *job_inputs;
     size_t *expert_visits;        // [experts + 1]
-    float *gate_results, *up_results;   // [16 * visits][intermediate] of few tokens
+    float *gate_results, *up_results;   // [16 * (experts per token + 1)][intermediate] of few tokens
     float *down_results;          // [16 * (experts per token + 1)][hidden] of few tokens: what each visit adds to the residual stream
 
     uint8_t *cache;
@@ -1523,7 +1516,6 @@ static void *take(struct Arena *arena, size_t count, size_t size) {
 static size_t row_stride(size_t cols) { return align_up(cols, K_BLOCK) | K_BLOCK; }
 
 static void take_activations(struct Arena *arena, struct Activations *out, size_t rows, size_t capacity) {
-    out->capacity = capacity;
     out->rows = take(arena, rows, sizeof *out->rows);
     out->values = take(arena, capacity, sizeof *out->values);
     out->quants = take(arena, capacity, sizeof *out->quants);
@@ -1548,8 +1540,8 @@ static void lay_out_worker(const struct Session *s, struct Arena *arena, struct 
     size_t lora = c->kv_lora_rank, nope = padded(c->qk_nope_head_dim), rope = padded(c->qk_rope_head_dim), value = padded(c->v_head_dim);
     size_t query_rows = is_mla(c) ? max_size(ATTENTION_QUERIES, batch) : ATTENTION_QUERIES;
     uint32_t dtype = expanded_dtype(s->cache_dtype);
-    w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, HIDDEN_TOKENS) * K_BLOCK), 4);
-    w->up_tile = take(arena, min_size(batch, HIDDEN_TOKENS) * GEMM_COLUMNS, 4);
+    w->gate_tile = take(arena, max_size(batch * GEMM_COLUMNS, min_size(batch, MIDDLE_TOKENS) * K_BLOCK), 4);
+    w->up_tile = take(arena, min_size(batch, MIDDLE_TOKENS) * GEMM_COLUMNS, 4);
     w->gemm_weights = take(arena, GEMM_DEPTH * GEMM_COLUMNS, 4);
     w->unpacked = take(arena, GEMM_DEPTH / K_BLOCK * UNPACKED_BLOCK_BYTES, 1);
     w->unpacked_scales = take(arena, GEMM_DEPTH / K_BLOCK * PANEL_ROWS, 4);
@@ -1557,7 +1549,7 @@ static void lay_out_worker(const struct Session *s, struct Arena *arena, struct 
     w->gemm_tile = take(arena, batch * GEMM_COLUMNS, 4);
     take_activations(arena, &w->queries, query_rows, query_rows * row_stride(max_size(nope + rope, cache_key_cols(c, DTYPE_Q8))));
     w->mixed = take(arena, query_rows * max_size(value, cache_value_cols(c)), 4);
-    take_activations(arena, &w->shares, ATTENTION_QUERIES, ATTENTION_QUERIES * CACHE_BLOCK);
+    take_activations(arena, &w->scores, ATTENTION_QUERIES, ATTENTION_QUERIES * CACHE_BLOCK);
     w->maxima = take(arena, query_rows, 4);
     w->sums = take(arena, query_rows, 4);
     if (!is_mla(c)) return;
@@ -1575,7 +1567,7 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     size_t attended = heads * value_dim(c), visits = c->n_routed_experts ? c->num_experts_per_tok : 0;
     size_t routed_columns = visits * row_stride(c->moe_intermediate_size) +
                             (c->n_shared_experts ? row_stride((size_t)c->n_shared_experts * c->moe_intermediate_size) : 0);
-    size_t hidden_columns = max_size(routed_columns, row_stride(c->intermediate_size));
+    size_t middle_columns = max_size(routed_columns, row_stride(c->intermediate_size));
     s->cache_dtype = (const uint32_t[]){[CACHE_F32] = DTYPE_F32, [CACHE_F16] = DTYPE_F16, [CACHE_Q8] = DTYPE_Q8}[s->options.cache];
 
     s->inverse_frequencies = take(arena, rope_dim(c) / 2, sizeof *s->inverse_frequencies);
@@ -1588,7 +1580,7 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     take_activations(arena, &s->input, batch, batch * row_stride(hidden));
     take_activations(arena, &s->latent, batch, batch * row_stride(c->q_lora_rank));
     take_activations(arena, &s->attended, batch, batch * row_stride(attended));
-    take_activations(arena, &s->hidden, batch * (visits + 1), batch * hidden_columns);
+    take_activations(arena, &s->middle, batch * (visits + 1), batch * middle_columns);
     s->q = take(arena, batch * heads * query_dim(c), 4);
     take_activations(arena, &s->queries, heads * EXACT_TOKENS, heads * EXACT_TOKENS * row_stride(cache_key_cols(c, DTYPE_Q8)));
     s->k = take(arena, is_mla(c) ? 0 : batch * c->num_key_value_heads * c->head_dim, 4);
@@ -1601,8 +1593,8 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     s->job_weights = take(arena, batch * (visits + 1), 4);
     s->job_inputs = take(arena, batch * (visits + 1), sizeof *s->job_inputs);
     s->expert_visits = take(arena, (size_t)c->n_routed_experts + 1, sizeof *s->expert_visits);
-    s->gate_results = take(arena, min_size(batch, EXACT_TOKENS) * hidden_columns, 4);
-    s->up_results = take(arena, min_size(batch, EXACT_TOKENS) * hidden_columns, 4);
+    s->gate_results = take(arena, min_size(batch, EXACT_TOKENS) * middle_columns, 4);
+    s->up_results = take(arena, min_size(batch, EXACT_TOKENS) * middle_columns, 4);
     s->down_results = take(arena, min_size(batch, EXACT_TOKENS) * (visits + 1) * ceil_div(hidden, PANEL_ROWS) * PANEL_ROWS, 4);
 
     s->workers = take(arena, (size_t)threads, sizeof *s->workers);
@@ -1666,7 +1658,7 @@ static struct Session *session_create(const struct Model *model, struct Team *te
     }
     for (int i = 0; i < team->threads; i++) {
         struct Worker *w = &s->workers[i];
-        for (size_t row = 0; row < ATTENTION_QUERIES; row++) place_row(&w->shares, row, row * CACHE_BLOCK);
+        for (size_t row = 0; row < ATTENTION_QUERIES; row++) place_row(&w->scores, row, row * CACHE_BLOCK);
     }
     // Multiply-adds per key and head: expanded kv_lora_rank * (nope + v) once and nope + rope + v per query, absorbed
     // 2 * kv_lora_rank + rope per query. For R1 they meet at 171 queries.
@@ -1810,7 +1802,7 @@ static void multiply_columns(const struct Session *s, struct Worker *worker, con
     }
 }
 
-// `panels` panels from first_panel on (up to 4 of more than 16 rows) times n rows: out [panels][n][32]. What a panel gives for all
+// `panels` panels from first_panel on (one if n <= 16, else up to 4) times n rows: out [panels][n][32]. What a panel gives for all
 // rows lies together, since rows that lie as far apart as a matrix is wide would compete for the same places of a cache.
 static void multiply_tile(const struct Session *s, struct Worker *worker, const struct Matrix *m, size_t first_panel, size_t panels,
                           const struct Row *x, size_t n, float *out) {
@@ -1836,7 +1828,7 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
         memcpy(out + i * PANEL_ROWS, worker->gemm_tile + i % n * width + i / n * PANEL_ROWS, PANEL_ROWS * sizeof *out);
 }
 
-// One of the products of a step: out[t][row] (= or +=) matrix * x[t] (+ bias).
+// One of the products of a step: out[t][row] = matrix * x[t] (+ bias), or += matrix * x[t].
 struct Product {
     const struct Matrix *matrix;
     const struct Row *x;
@@ -1940,8 +1932,8 @@ static void quantize_item(const struct Session *s, const struct Activations *a, 
     quantize_k_block(s, a, (size_t)(values - a->values), values, min_size(K_BLOCK, cols - first));
 }
 
-// Normalises every token's x into `input`, a token's blocks all before the first is rotated: see store_hidden(). All threads
-// call it.
+// Normalises every token's x into `input`. All of a token's blocks are written before the first is rotated, for the reason given at
+// store_middle(). All threads call it.
 static void norm_tokens(struct Session *s, int thread, const float *weight) {
     size_t hidden = s->model->config.hidden_size, blocks = ceil_div(hidden, K_BLOCK), item, end;
     for (static_share(s->team, thread, count_k_blocks(s->n, hidden), &item, &end); item < end;) {
@@ -2149,8 +2141,9 @@ static void end_softmax(const struct Queries *queries) {
     }
 }
 
-// The scores of the first `visible` positions from maximum and sum so far on: exponentials, multiplied by the scales of the values if
-// they have any, both brought up to date, and what was mixed before weighed anew.
+// A step of the online softmax (arXiv:1805.02867) of query i: its maximum becomes that of the first `visible` scores, too, these
+// become exp(score - maximum), which its sum grows by, and sum and mixed so far are scaled to the new maximum. Then the values' scales,
+// if they have any, are multiplied into the exponentials.
 static void update_softmax(const struct Session *s, const struct Queries *queries, size_t i, float *scores, const float *scales, size_t visible) {
     float *mixed = queries->mixed + i * queries->value_cols, maximum = fmaxf(queries->maxima[i], s->kernels->find_maximum(scores, visible));
     float kept = exp_float(queries->maxima[i] - maximum);    // -inf gives next to nothing
@@ -2180,7 +2173,7 @@ static void attend_block(const struct Session *s, struct Worker *w, const struct
                          const uint8_t *keys, const uint8_t *values) {
     const float *scales = dtype == DTYPE_Q8 ? (const float *)(const void *)values : NULL;
     size_t cols = scales ? padded(count) : count, n = queries->count, key_cols = queries->key_cols;
-    float *all_scores = w->shares.values;      // [n][256]
+    float *all_scores = w->scores.values;      // [n][256]
     for (size_t j = 0; j < count; j += PANEL_ROWS)
         multiply_panel(s, w, dtype, keys + j / PANEL_ROWS * panel_bytes(dtype, key_cols), key_cols, key_cols, queries->rows, n, false,
                        all_scores + j, CACHE_BLOCK);
@@ -2191,11 +2184,11 @@ static void attend_block(const struct Session *s, struct Worker *w, const struct
         if (visible) update_softmax(s, queries, i, scores, scales, visible);
         memset(scores + visible, 0, (padded(count) - visible) * sizeof *scores);
         if (!scales) continue;
-        s->kernels->quantize_block(scores, cols, w->shares.quants + at, w->shares.scales + i, w->shares.sums + at / K_GROUP, w->shares.block_sums + i);
+        s->kernels->quantize_block(scores, cols, w->scores.quants + at, w->scores.scales + i, w->scores.sums + at / K_GROUP, w->scores.block_sums + i);
     }
     for (size_t c = 0; c < queries->value_cols; c += PANEL_ROWS)
         multiply_panel(s, w, dtype, values + value_head_bytes(dtype) + c / PANEL_ROWS * panel_bytes(dtype, CACHE_BLOCK), CACHE_BLOCK, cols,
-                       w->shares.rows, n, true, queries->mixed + c, queries->value_cols);
+                       w->scores.rows, n, true, queries->mixed + c, queries->value_cols);
 }
 
 // Where the values of query i are to be written before quantize_query().
@@ -2619,19 +2612,19 @@ static struct FeedForwardJob make_job(const struct Blobs *blobs, size_t index) {
     return (struct FeedForwardJob){.gate = blob_matrix(blobs, GATE, index), .up = blob_matrix(blobs, UP, index), .down = blob_matrix(blobs, DOWN, index)};
 }
 
-// Gives a job of n tokens its places: in the lists of visits (from *visit on) and in `hidden` (from *offset on).
+// Gives a job of n tokens its places: in the lists of visits (from *visit on) and in s->middle (from *offset on).
 static void place_job(struct Session *s, struct FeedForwardJob *job, size_t n, size_t *visit, size_t *offset) {
     job->n = n;
     job->tokens = s->job_tokens + *visit;
     job->weights = s->job_weights + *visit;
     job->inputs = s->job_inputs + *visit;
-    job->hidden = s->hidden.rows + *visit;
+    job->middle = s->middle.rows + *visit;
     if (s->n <= EXACT_TOKENS) {
         job->gate_results = s->gate_results + *offset;
         job->up_results = s->up_results + *offset;
         job->results = s->down_results + *visit * ceil_div(s->model->config.hidden_size, PANEL_ROWS) * PANEL_ROWS;
     }
-    for (size_t i = 0; i < n; i++, *offset += row_stride(job->gate.rows)) place_row(&s->hidden, *visit + i, *offset);
+    for (size_t i = 0; i < n; i++, *offset += row_stride(job->gate.rows)) place_row(&s->middle, *visit + i, *offset);
     *visit += n;
 }
 
@@ -2683,22 +2676,22 @@ static void plan_jobs(struct Session *s, size_t layer) {
 }
 
 // A k-block of the middle, the input of the product that follows, comes from 8 panels.
-#define HIDDEN_PANELS (K_BLOCK / PANEL_ROWS)
-#define GATHERED_ROWS 8           // see store_hidden()
+#define MIDDLE_PANELS (K_BLOCK / PANEL_ROWS)
+#define GATHERED_ROWS 8           // see store_middle()
 
-static size_t count_hidden_blocks(const struct FeedForwardJob *job) { return ceil_div(panel_count(&job->gate), HIDDEN_PANELS); }
+static size_t count_middle_blocks(const struct FeedForwardJob *job) { return ceil_div(panel_count(&job->gate), MIDDLE_PANELS); }
 
 // An item of run_gate_up(): of few tokens a panel, of many a k-block for some of the tokens.
 static size_t count_gate_up_items(const struct Session *s, const struct FeedForwardJob *job) {
-    return s->n > EXACT_TOKENS ? count_hidden_blocks(job) * ceil_div(job->n, HIDDEN_TOKENS) : panel_count(&job->gate);
+    return s->n > EXACT_TOKENS ? count_middle_blocks(job) * ceil_div(job->n, MIDDLE_TOKENS) : panel_count(&job->gate);
 }
 
-// A k-block, silu(gate) * up of some panels, [panels][n][32], to rows of s->hidden. Some rows are gathered before the first
+// A k-block, silu(gate) * up of some panels, [panels][n][32], to rows of s->middle. Some rows are gathered before the first
 // of them is read again, since a vector that is loaded while its parts are still being stored comes late.
-static void store_hidden(const struct Session *s, const float *gate, const struct FeedForwardJob *job, size_t first_panel, size_t panels,
+static void store_middle(const struct Session *s, const float *gate, const struct FeedForwardJob *job, size_t first_panel, size_t panels,
                          size_t first_token, size_t n) {
     size_t first_row = first_panel * PANEL_ROWS, length = min_size(panels * PANEL_ROWS, job->gate.rows - first_row);
-    size_t row = (size_t)(job->hidden - s->hidden.rows) + first_token;
+    size_t row = (size_t)(job->middle - s->middle.rows) + first_token;
     float gathered[GATHERED_ROWS][K_BLOCK];
     for (size_t first = 0, count; first < n; first += count, row += count) {
         count = min_size(GATHERED_ROWS, n - first);
@@ -2706,15 +2699,15 @@ static void store_hidden(const struct Session *s, const float *gate, const struc
             for (size_t p = 0; p < panels; p++)
                 memcpy(gathered[i] + p * PANEL_ROWS, gate + (p * n + first + i) * PANEL_ROWS, PANEL_ROWS * sizeof(float));
         for (size_t i = 0; i < count; i++) {
-            float *values = row_values(&s->hidden, row + i) + first_row;
-            if (job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->hidden, (size_t)(values - s->hidden.values), gathered[i], length);
+            float *values = row_values(&s->middle, row + i) + first_row;
+            if (job->down.dtype >= DTYPE_Q8) quantize_k_block(s, &s->middle, (size_t)(values - s->middle.values), gathered[i], length);
             else memcpy(values, gathered[i], length * sizeof *values);
         }
     }
 }
 
-// hidden = silu(gate * x) * (up * x) of all jobs. Of many tokens a k-block is quantised at once: what 512 have there as floats would
-// not fit in a cache. Of few tokens finish_hidden() follows: until then memory is read without a break. All threads call it.
+// middle = silu(gate * x) * (up * x) of all jobs. Of many tokens a k-block is quantised at once: what 512 have there as floats would
+// not fit in a cache. Of few tokens finish_middle() follows: until then memory is read without a break. All threads call it.
 static void run_gate_up(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
     size_t total = 0, item;
@@ -2729,8 +2722,8 @@ static void run_gate_up(struct Session *s, int thread) {
             multiply_tile(s, w, &job->up, item, 1, job->inputs, job->n, job->up_results + at);
             continue;
         }
-        size_t chunks = ceil_div(job->n, HIDDEN_TOKENS), first_token = item % chunks * HIDDEN_TOKENS, first_panel = item / chunks * HIDDEN_PANELS;
-        size_t n = min_size(HIDDEN_TOKENS, job->n - first_token), panels = min_size(HIDDEN_PANELS, panel_count(&job->gate) - first_panel);
+        size_t chunks = ceil_div(job->n, MIDDLE_TOKENS), first_token = item % chunks * MIDDLE_TOKENS, first_panel = item / chunks * MIDDLE_PANELS;
+        size_t n = min_size(MIDDLE_TOKENS, job->n - first_token), panels = min_size(MIDDLE_PANELS, panel_count(&job->gate) - first_panel);
         for (size_t p = 0; p < panels; p += GEMM_PANELS) {
             size_t some = min_size(GEMM_PANELS, panels - p);
             float *gate = w->gate_tile + p * n * PANEL_ROWS;
@@ -2738,23 +2731,23 @@ static void run_gate_up(struct Session *s, int thread) {
             multiply_tile(s, w, &job->up, first_panel + p, some, job->inputs + first_token, n, w->up_tile);
             s->kernels->silu_multiply(gate, w->up_tile, some * n * PANEL_ROWS);
         }
-        store_hidden(s, w->gate_tile, job, first_panel, panels, first_token, n);
+        store_middle(s, w->gate_tile, job, first_panel, panels, first_token, n);
     }
 }
 
-// The rest of it for few tokens. An item is a job's k-block.
-static void finish_hidden(struct Session *s, int thread) {
+// What run_gate_up() leaves to do for few tokens: silu and quantising. An item is a job's k-block.
+static void finish_middle(struct Session *s, int thread) {
     size_t total = 0, item, end;
-    for (size_t j = 0; j < s->job_count; j++) total += count_hidden_blocks(&s->jobs[j]);
+    for (size_t j = 0; j < s->job_count; j++) total += count_middle_blocks(&s->jobs[j]);
     static_share(s->team, thread, total, &item, &end);
     for (size_t j = 0, first = 0, blocks; j < s->job_count && first < end; j++, first += blocks) {
         const struct FeedForwardJob *job = &s->jobs[j];
-        blocks = count_hidden_blocks(job);
+        blocks = count_middle_blocks(job);
         for (; item < min_size(end, first + blocks); item++) {
-            size_t panel = (item - first) * HIDDEN_PANELS, panels = min_size(HIDDEN_PANELS, panel_count(&job->gate) - panel);
+            size_t panel = (item - first) * MIDDLE_PANELS, panels = min_size(MIDDLE_PANELS, panel_count(&job->gate) - panel);
             size_t at = panel * job->n * PANEL_ROWS;
             s->kernels->silu_multiply(job->gate_results + at, job->up_results + at, panels * job->n * PANEL_ROWS);
-            store_hidden(s, job->gate_results + at, job, panel, panels, 0, job->n);
+            store_middle(s, job->gate_results + at, job, panel, panels, 0, job->n);
         }
     }
 }
@@ -2771,7 +2764,7 @@ static void add_results(struct Session *s, const struct FeedForwardJob *job, siz
     }
 }
 
-// x += sum over the jobs of weight * (down * hidden). An item is some rows of the result and goes through the jobs in
+// x += sum over the jobs of weight * (down * middle). An item is some rows of the result and goes through the jobs in
 // order, so that every sum has one order of additions. All threads call it.
 static void run_down(struct Session *s, int thread) {
     struct Worker *w = &s->workers[thread];
@@ -2781,7 +2774,7 @@ static void run_down(struct Session *s, int thread) {
         size_t first = item * width, panels = min_size(width, all - first);
         prefetch_to_add(s->x + first * PANEL_ROWS, hidden, s->n, panels * PANEL_ROWS);
         for (const struct FeedForwardJob *job = s->jobs; job < s->jobs + s->job_count; job++) {
-            multiply_tile(s, w, &job->down, first, panels, job->hidden, job->n, w->gate_tile);
+            multiply_tile(s, w, &job->down, first, panels, job->middle, job->n, w->gate_tile);
             add_results(s, job, first, panels, w->gate_tile);
         }
     }
@@ -2795,7 +2788,7 @@ static void run_down_of_experts(struct Session *s, int thread) {
     while (next_item(&items, &item)) {
         const struct FeedForwardJob *job = &s->jobs[item / all];
         panel = item % all;
-        multiply_tile(s, &s->workers[thread], &job->down, panel, 1, job->hidden, job->n, job->results + panel * job->n * PANEL_ROWS);
+        multiply_tile(s, &s->workers[thread], &job->down, panel, 1, job->middle, job->n, job->results + panel * job->n * PANEL_ROWS);
     }
     team_barrier(s->team);
     for (static_share(s->team, thread, all, &panel, &end); panel < end; panel++)
@@ -2869,7 +2862,7 @@ static void run_feed_forward(struct Session *s, int thread, size_t layer) {
     run_gate_up(s, thread);
     team_barrier(s->team);
     if (s->n <= EXACT_TOKENS) {
-        finish_hidden(s, thread);
+        finish_middle(s, thread);
         team_barrier(s->team);
     }
     if (l->routed && s->n <= EXACT_TOKENS) run_down_of_experts(s, thread);
@@ -2954,13 +2947,16 @@ static void forward(struct Session *s, const uint32_t *tokens, size_t n, enum Lo
     s->position = position + n;
 }
 
-// Evaluates any number of tokens in micro-batches; logits of the last one.
+// Evaluates the next micro-batch of n tokens, `done` of which were evaluated before; logits of the last of all. How many are done now.
+static size_t prefill_micro_batch(struct Session *s, const uint32_t *tokens, size_t n, size_t done) {
+    size_t step = min_size(s->options.batch, n - done);
+    forward(s, tokens + done, step, done + step == n ? LOGITS_LAST : LOGITS_NONE);
+    return done + step;
+}
+
+// Evaluates any number of tokens; logits of the last one.
 static void prefill(struct Session *s, const uint32_t *tokens, size_t n) {
-    for (size_t done = 0; done < n;) {
-        size_t step = min_size(s->options.batch, n - done);
-        forward(s, tokens + done, step, done + step == n ? LOGITS_LAST : LOGITS_NONE);
-        done += step;
-    }
+    for (size_t done = 0; done < n;) done = prefill_micro_batch(s, tokens, n, done);
 }
 
 // ====================================================================================================================
@@ -3531,7 +3527,7 @@ static void parse_ids(const char *text, size_t bytes, uint64_t limit, const char
 }
 
 // `r1 bench` and `r1 perplexity`: how fast and how good a model is. They use the engine and are no part of it, so they have a
-// file of their own.
+// file of their own. What a token costs, active_weights() and active_bytes(), is counted there, too.
 #include "measure.h"
 
 // ====================================================================================================================
@@ -3794,9 +3790,7 @@ static bool read_prompt(struct Generation *g) {
     double started = clock_seconds();
     for (size_t done = 0; done < prompt->count && !interrupted;) {
         if (is_long || clock_seconds() - started > 1) show_progress(g->command, "reading the prompt", (double)done, (double)prompt->count, started);
-        size_t step = min_size(g->session->options.batch, prompt->count - done);
-        forward(g->session, prompt->ids + done, step, done + step == prompt->count ? LOGITS_LAST : LOGITS_NONE);
-        done += step;
+        done = prefill_micro_batch(g->session, prompt->ids, prompt->count, done);
     }
     end_progress(g->command);
     return !interrupted;
@@ -4150,8 +4144,7 @@ static void print_ids(const char *what, const uint32_t *ids, size_t count) {
 static int command_logits(struct Command *command) {
     bool positions = command->logits.count || command->logits.all, every = command->argmax || positions || command->experts.count;
     if (!command->ids) wrong_usage(command, "--ids FILE is missing");
-    if (!command->greedy && !command->argmax && !positions && !command->experts.count)
-        wrong_usage(command, "nothing to print: give --greedy, --argmax, --logits or --experts");
+    if (!command->greedy && !every) wrong_usage(command, "nothing to print: give --greedy, --argmax, --logits or --experts");
     struct Model *model = open_model(command, command->arguments[0], true);
     size_t bytes, layers = model->config.num_hidden_layers;
     char *text = read_file(command->ids, &bytes);
@@ -4257,8 +4250,8 @@ static struct Census count_tensors(const struct Model *model) {
 
 // Every field of the config, by its name in format.h.
 static json_t *describe_config(const struct ModelConfig *c) {
-    static const char *const scalings[] = {"none", "yarn", "llama3"};
-    json_t *object = json_pack("{s:s, s:s, s:s}", "architecture", architecture_name(c->architecture), "type", dtype_name(c->recipe),
+    static const char *const architectures[] = {"none", "deepseek_v3", "qwen2", "llama", "qwen3"}, *const scalings[] = {"none", "yarn", "llama3"};
+    json_t *object = json_pack("{s:s, s:s, s:s}", "architecture", architectures[c->architecture], "type", dtype_name(c->recipe),
                                "rope_scaling", scalings[c->rope_scaling]);
 #define FIELD(name) json_object_set_new(object, #name, json_integer((json_int_t)c->name))
 #define REAL(name) json_object_set_new(object, #name, json_real(c->name))
