@@ -1500,15 +1500,27 @@ static size_t value_block_bytes(uint32_t dtype, size_t cols) { return value_head
 // Of MLA's expanded keys and values.
 static uint32_t expanded_dtype(uint32_t cache_dtype) { return cache_dtype == DTYPE_Q8 ? DTYPE_Q8 : DTYPE_F32; }
 
+// All buffers of a session lie in one arena. `make asan` leaves gaps between them, so that the sanitizer sees where one ends.
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define ARENA_GAP 4096
+#else
+#define ARENA_GAP 0
+#define ASAN_POISON_MEMORY_REGION(memory, bytes) ((void)(memory), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(memory, bytes) ((void)(memory), (void)(bytes))
+#endif
+
 struct Arena {
     uint8_t *base;                // NULL: only count
     size_t used;
 };
 
 static void *take(struct Arena *arena, size_t count, size_t size) {
-    size_t offset = align_up(arena->used, 64);
-    arena->used = offset + count * size;
-    return arena->base ? arena->base + offset : NULL;
+    size_t offset = align_up(arena->used, 64), end = offset + count * size;
+    arena->used = end + ARENA_GAP;
+    if (!arena->base) return NULL;
+    ASAN_POISON_MEMORY_REGION(arena->base + end, ARENA_GAP);
+    return arena->base + offset;
 }
 
 // Every row starts at a multiple of 256 values, so that its scales and sums have places of their own; an odd multiple, so
@@ -1673,6 +1685,7 @@ static struct Session *session_create(const struct Model *model, struct Team *te
 }
 
 static void session_free(struct Session *s) {
+    ASAN_UNPOISON_MEMORY_REGION(s->arena, s->arena_bytes);
     munmap(s->arena, s->arena_bytes);
     free(s);
 }
