@@ -157,8 +157,12 @@ static uint64_t available_memory(void) {
     uint64_t bytes = read_system_number("/proc", "meminfo", "MemAvailable:", 0) << 10;
     uint64_t in_group = available_in_group("");
     if (in_group < bytes) bytes = in_group ? in_group : 1;   // 0 would be taken for unknown
-    struct rlimit limit;          // `ulimit -v`
-    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur < bytes) bytes = limit.rlim_cur;
+    struct rlimit limit;          // `ulimit -v`: of addresses, some of which are taken
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
+        uint64_t taken = read_system_number("/proc/self", "statm", "", 0) * (uint64_t)sysconf(_SC_PAGESIZE);
+        uint64_t left = limit.rlim_cur > taken ? limit.rlim_cur - taken : 1;
+        if (left < bytes) bytes = left;
+    }
     return bytes;
 }
 
@@ -377,7 +381,7 @@ struct Matrix {
     size_t panel_step;            // bytes from one panel of 32 rows to the next
 };
 
-// `count` blobs of up to three matrices of the same shapes: a feed-forward network, a layer's experts, a factor per head.
+// Blobs, `stride` bytes apart, of up to three matrices of the same shapes: a feed-forward network, a layer's experts, a factor per head.
 struct Blobs {
     struct Matrix part[ENTRY_MAX_PARTS];   // of blob 0
     size_t stride;
@@ -1366,7 +1370,7 @@ struct SessionOptions {
     enum CacheType cache;
 };
 
-// Inputs of matrix products, one Row a token, in one buffer.
+// Inputs of matrix products, one Row a token, whose numbers lie in buffers together.
 struct Activations {
     struct Row *rows;
     float *values;
@@ -1500,7 +1504,13 @@ static size_t value_block_bytes(uint32_t dtype, size_t cols) { return value_head
 // Of MLA's expanded keys and values.
 static uint32_t expanded_dtype(uint32_t cache_dtype) { return cache_dtype == DTYPE_Q8 ? DTYPE_Q8 : DTYPE_F32; }
 
-// All buffers of a session lie in one arena. `make asan` leaves gaps between them, so that the sanitizer sees where one ends.
+// All buffers of a session lie in one arena. `make asan` and `make fuzz` leave gaps between them, so that the sanitizer sees where
+// one ends.
+#ifdef __has_feature              // clang; gcc defines the other
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__
+#endif
+#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #define ARENA_GAP 4096
@@ -1815,7 +1825,7 @@ static void multiply_columns(const struct Session *s, struct Worker *worker, con
     }
 }
 
-// `panels` panels from first_panel on (one if n <= 16, else up to 4) times n rows: out [panels][n][32]. What a panel gives for all
+// 1 to 4 panels from first_panel on, one after the other if n <= 16, times n rows: out [panels][n][32]. What a panel gives for all
 // rows lies together, since rows that lie as far apart as a matrix is wide would compete for the same places of a cache.
 static void multiply_tile(const struct Session *s, struct Worker *worker, const struct Matrix *m, size_t first_panel, size_t panels,
                           const struct Row *x, size_t n, float *out) {
