@@ -1506,8 +1506,8 @@ static uint32_t expanded_dtype(uint32_t cache_dtype) { return cache_dtype == DTY
 
 // All buffers of a session lie in one arena. `make asan` and `make fuzz` leave gaps between them, so that the sanitizer sees where
 // one ends.
-#ifdef __has_feature              // clang; gcc defines the other
-#if __has_feature(address_sanitizer)
+#ifdef __has_feature              // clang; gcc defines the other, as newer ones of both may
+#if __has_feature(address_sanitizer) && !defined __SANITIZE_ADDRESS__
 #define __SANITIZE_ADDRESS__
 #endif
 #endif
