@@ -1389,8 +1389,12 @@ static bool write_metadata(Writer *writer, Failure *failure) {
 
 static char *partial_path;               // to be removed if we are interrupted
 
-static void remove_partial(int number) {
-    unlink(partial_path);
+static void remove_partial(void) {
+    if (partial_path) unlink(partial_path);
+}
+
+static void handle_signal(int number) {
+    remove_partial();
     signal(number, SIG_DFL);
     raise(number);
 }
@@ -1399,7 +1403,7 @@ static const int deadly_signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGQUIT};
 
 static void watch_signals(bool on) {
     for (size_t i = 0; i < sizeof deadly_signals / sizeof *deadly_signals; i++) {
-        struct sigaction action = {.sa_handler = on ? remove_partial : SIG_DFL}, old;
+        struct sigaction action = {.sa_handler = on ? handle_signal : SIG_DFL}, old;
         // One that was ignored from outside (nohup) stays so.
         if (sigaction(deadly_signals[i], NULL, &old) == 0 && old.sa_handler == SIG_IGN) continue;
         sigaction(deadly_signals[i], &action, NULL);
@@ -1420,7 +1424,10 @@ static int create_partial(const Options *options, Failure *failure) {
     sigprocmask(SIG_BLOCK, &all, &old);  // no signal between the file's creation and its watch
     int descriptor = mkstemp(partial_path);
     int reason = errno;
-    if (descriptor >= 0) watch_signals(true);
+    if (descriptor >= 0) {
+        watch_signals(true);
+        atexit(remove_partial);          // the OpenMP library ends the program where it cannot start its threads
+    }
     sigprocmask(SIG_SETMASK, &old, NULL);
     if (descriptor < 0) {
         fail(failure, "%s: cannot create a file there: %s", options->output, strerror(reason));
@@ -1731,7 +1738,10 @@ static int parse_options(int argc, char **argv, Options *options) {
         case 'q': options->quiet = true; break;
         case 'h': fputs(usage, stdout); return 1;
         case ':': return complain("%s needs a value", argv[optind - 1]);
-        default: return complain("there is no option %s", argv[optind - 1]);
+        default:
+            // An unknown letter may stand among others, as in -qx; a long name's own value of the switch is here only if it was given one.
+            if (optopt && !strchr("tqh", optopt) && optopt < 0x80) return complain("there is no option -%c", optopt);
+            return complain(optopt ? "%s: this option takes no value" : "there is no option %s", argv[optind - 1]);
         }
     }
     char **arguments = argv + optind;
@@ -1795,10 +1805,10 @@ static bool convert(const Options *options, Failure *failure) {
 int main(int argc, char **argv) {
     Options options = {.recipe = DTYPE_Q4, .threads = omp_get_num_procs()};
     int status = parse_options(argc, argv, &options);
-    if (status) return status == 1 ? 0 : 2;
+    if (status == 2) return 2;
     for (int code = 0; code < 256; code++) e4m3_values[code] = e4m3_to_float((uint8_t)code);
     Failure failure = {0};
-    if (convert(&options, &failure)) {
+    if (status == 1 || convert(&options, &failure)) {   // 1: the help is printed
         if (fflush(stdout) == 0 && !ferror(stdout)) return 0;
         fail(&failure, "standard output: %s", strerror(errno));
     }

@@ -233,7 +233,7 @@ static bool open_shard(Checkpoint *checkpoint, const char *file, const json_t *w
     if ((shard->descriptor = open_regular(shard->path, &shard->bytes, &status, failure)) < 0) {
         char why[sizeof failure->text];
         memcpy(why, failure->text, sizeof why);
-        if (weight_map) {
+        if (weight_map && access(shard->path, F_OK) != 0) {
             return fail(failure, "%.600s (" INDEX_NAME " names this file: is the download complete?)", why);
         }
         return false;

@@ -268,6 +268,9 @@ passes "--layers 1 runs" "$r1" logits "$out/layers.r1" --ids "$(prompt r1_fp8)" 
 rejects "no arguments" 2 'usage|CHECKPOINT_DIR' "$convert"
 rejects "an unknown type" 2 'q7' "$convert" "$work" "$out/x.r1" --type q7
 rejects "an unknown option" 2 'frobnicate' "$convert" "$work" "$out/x.r1" --frobnicate
+rejects "an unknown letter among others" 2 'no option -x' "$convert" "$work" "$out/x.r1" -xq
+rejects "an unknown letter behind others" 2 'no option -x' "$convert" -qx "$work" "$out/x.r1"
+rejects "a value for an option that takes none" 2 '--quiet=5.*no value' "$convert" "$work" "$out/x.r1" --quiet=5
 passes "--help" "$convert" --help
 
 # ---- random weights in the shape of a known model
@@ -357,6 +360,13 @@ for i in 1 2 3 4 5; do
 done
 rm -f "$out/ended.r1"
 if [ -z "$(ls -A "$out")" ]; then ok "ended by a signal: nothing is left"; else fail "ended by a signal: nothing is left" "$(ls -A "$out" | tr '\n' ' ')"; fi
+
+# The OpenMP library ends the program itself where it cannot start its threads.
+if [ "$build" = build ]; then
+    (ulimit -v 1500000; timeout 60 "$convert" --synthetic r1-distill-qwen-1.5b:1 "$out/ended.r1" -t 1000 -q) >/dev/null 2>&1 </dev/null
+    if [ $? != 0 ] && [ -z "$(ls -A "$out")" ]; then ok "threads that cannot be started: nothing is left"
+    else fail "threads that cannot be started: nothing is left" "$(ls -A "$out" | tr '\n' ' ')"; rm -f "$out"/*; fi
+fi
 
 # A file that cannot grow: the limit stands for a disk that fills up on the way.
 printf '#!/bin/bash\ntrap "" XFSZ\nulimit -f 500\nexec "$@"\n' >"$scratch/r1-convert-limited"
