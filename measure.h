@@ -774,17 +774,28 @@ static FILE *open_base(const char *path, const struct BaseHeader *expected) {
     return file;
 }
 
-// Written beside its final name, which it gets when it is whole.
-static FILE *create_base(const char *path, char *partial, size_t size, const struct BaseHeader *header) {
-    if ((size_t)snprintf(partial, size, "%s.partial", path) >= size) die("%s: the name is too long", path);
-    FILE *file = fopen(partial, "wb");
-    if (!file || fwrite(header, sizeof *header, 1, file) != 1) die("%s: cannot be written: %s", partial, strerror(errno));
+static char partial_base[4096];   // a base that is not whole yet, beside its final name; "": none
+
+static void remove_partial_base(void) {
+    if (*partial_base) unlink(partial_base);
+}
+
+static FILE *create_base(const char *path, const struct BaseHeader *header) {
+    if ((size_t)snprintf(partial_base, sizeof partial_base, "%s.partial", path) >= sizeof partial_base) die("%s: the name is too long", path);
+    FILE *file = fopen(partial_base, "wb");
+    if (file) atexit(remove_partial_base);
+    signal(SIGXFSZ, SIG_IGN);     // a limit of the file's size becomes an error of writing
+    if (!file || fwrite(header, sizeof *header, 1, file) != 1) die("%s: cannot be written: %s", path, strerror(errno));
     return file;
 }
 
-static void finish_base(FILE *file, const char *partial, const char *path) {
-    if (fclose(file) != 0 || rename(partial, path) != 0) die("%s: cannot be written: %s", path, strerror(errno));
+static void finish_base(FILE *file, const char *path) {
+    if (fclose(file) != 0 || rename(partial_base, path) != 0) die("%s: cannot be written: %s", path, strerror(errno));
+    *partial_base = 0;
 }
+
+// A number for a JSON object, which knows no infinity: e to the 710 is one.
+static json_t *json_number_or_null(double number) { return isfinite(number) ? json_real(number) : json_null(); }
 
 // ---- scoring
 
@@ -890,8 +901,7 @@ static void evaluate(struct Evaluation *e, const struct Model *model) {
     struct BaseHeader header = base_header(windows, vocab);
     if (command->kld) e->base = open_base(command->kld, &header);
     e->session = open_session(command, model, &options);
-    char partial[4096];
-    if (command->save_base) e->base = create_base(command->save_base, partial, sizeof partial, &header);
+    if (command->save_base) e->base = create_base(command->save_base, &header);
     e->base_rows = allocate(e->base ? batch * vocab * sizeof *e->base_rows : 0);
     for (int score = 0; score < (command->kld ? SCORE_COUNT : 1); score++) e->scores[score] = allocate(windows->scored * sizeof(double));
     double started = clock_seconds();
@@ -901,7 +911,7 @@ static void evaluate(struct Evaluation *e, const struct Model *model) {
         show_progress(command, "perplexity", (double)done, (double)windows->ids.count, started);
     }
     end_progress(command);
-    if (command->save_base) finish_base(e->base, partial, command->save_base);
+    if (command->save_base) finish_base(e->base, command->save_base);
     else if (e->base) fclose(e->base);
     free(e->base_rows);
     session_free(e->session);
@@ -945,10 +955,11 @@ static void report_text(const struct Evaluation *e, const struct Summary *s) {
 
 static void report_json(const struct Evaluation *e, const struct Summary *s, const struct Model *model) {
     double perplexity = exp(s[SCORE_NLL].mean);
-    json_t *object = json_pack("{s:o, s:s, s:s, s:I, s:I, s:f, s:f, s:f, s:f}", "model", json_text(model->name), "type",
+    json_t *object = json_pack("{s:o, s:s, s:s, s:I, s:I, s:f, s:f, s:o, s:o}", "model", json_text(model->name), "type",
                                dtype_name(model->config.recipe), "kv", cache_names[e->command->cache], "windows",
                                (json_int_t)e->windows->count, "positions", (json_int_t)e->windows->scored, "nll", s[SCORE_NLL].mean,
-                               "nll_error", s[SCORE_NLL].error, "perplexity", perplexity, "perplexity_error", perplexity * s[SCORE_NLL].error);
+                               "nll_error", s[SCORE_NLL].error, "perplexity", json_number_or_null(perplexity), "perplexity_error",
+                               json_number_or_null(perplexity * s[SCORE_NLL].error));
     const struct Summary *kl = &s[SCORE_KL];
     if (e->command->kld)
         json_object_update_new(object, json_pack("{s:{s:f, s:f, s:f, s:f, s:f, s:f, s:f}, s:f, s:{s:f, s:f}}", "kl", "mean", kl->mean,

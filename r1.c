@@ -55,13 +55,20 @@
 
 #define ERROR_BYTES 512
 
+// A line on standard error. Names come from files: nothing that a terminal would obey gets through.
+static void print_remark(const char *format, va_list args) {
+    char line[4096];
+    vsnprintf(line, sizeof line, format, args);
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = '?';
+    fprintf(stderr, "r1: %s\n", line);
+}
+
 static _Noreturn __attribute__((format(printf, 1, 2))) void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
-    fputs("r1: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    print_remark(format, args);
     va_end(args);
     exit(1);
 }
@@ -152,14 +159,17 @@ static uint64_t available_in_group(const char *root) {
     return available;
 }
 
+#define BLAS_THREAD_BYTES (128ull << 20)   // addresses that OpenBLAS takes for each thread at its first product; without them it asks for ever
+
 // Bytes of memory that a new program can still take without pushing others out; 0 if the system does not say.
 static uint64_t available_memory(void) {
     uint64_t bytes = read_system_number("/proc", "meminfo", "MemAvailable:", 0) << 10;
     uint64_t in_group = available_in_group("");
     if (in_group < bytes) bytes = in_group ? in_group : 1;   // 0 would be taken for unknown
-    struct rlimit limit;          // `ulimit -v`: of addresses, some of which are taken
+    struct rlimit limit;          // `ulimit -v`: of addresses, some of which are taken, or will be by OpenBLAS
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
-        uint64_t taken = read_system_number("/proc/self", "statm", "", 0) * (uint64_t)sysconf(_SC_PAGESIZE);
+        uint64_t taken = read_system_number("/proc/self", "statm", "", 0) * (uint64_t)sysconf(_SC_PAGESIZE) +
+                         BLAS_THREAD_BYTES * (uint64_t)omp_get_max_threads();
         uint64_t left = limit.rlim_cur > taken ? limit.rlim_cur - taken : 1;
         if (left < bytes) bytes = left;
     }
@@ -190,6 +200,7 @@ struct Team {
     _Alignas(64) atomic_uint arrived;      // threads at the barrier
     _Alignas(64) atomic_uint epoch;        // barriers passed
     _Alignas(64) atomic_bool ended;
+    _Alignas(64) atomic_int blas_callers;
     struct { _Alignas(64) atomic_uint_least64_t next; } shares[MAX_THREADS];   // of each thread: see share_items()
 };
 
@@ -204,7 +215,7 @@ static inline void spin_pause(void) {
 // Waits until *value is not `old` any more: spins for some microseconds, then lets other threads run, and in the end
 // sleeps, since a worker may wait for a person to type.
 static void wait_for_change(const struct Team *team, atomic_uint *value, unsigned old) {
-    for (int looks = 0; atomic_load_explicit(value, memory_order_acquire) == old; looks++) {
+    for (int looks = 0; atomic_load_explicit(value, memory_order_acquire) == old; looks += looks < 65536) {
         if (looks < team->spins) spin_pause();
         else if (looks < 65536) sched_yield();
         else nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
@@ -343,6 +354,7 @@ static int team_start(struct Team *team, int threads, int (*main_function)(void 
     atomic_store(&team->epoch, 1);   // no counter of items is of this step yet
     openblas_set_num_threads(1);   // OpenBLAS is called from inside our own threads, one at a time each
     omp_set_dynamic(0);
+    omp_set_num_threads(threads);
     int cpus[MAX_THREADS], cores = list_physical_cores(cpus, MAX_THREADS);
     team->spins = threads <= cores ? 4096 : 0;   // with fewer cores than threads, the one waited for may not be running
 #pragma omp parallel num_threads(threads)
@@ -731,7 +743,7 @@ static struct Model *model_open(const char *path, char *error) {
 #ifdef R1_DEMO_FILE
     if (strcmp(path, "demo") == 0) return model_from_memory(demo_file_start, (size_t)(demo_file_end - demo_file_start), "demo", error);
 #endif
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);   // nobody may ever write into a named pipe
     struct stat status;
     if (file < 0 || fstat(file, &status) != 0) {
         fail(error, "%s: %s", path, strerror(errno));
@@ -1588,7 +1600,7 @@ static void lay_out_session(struct Session *s, struct Arena *arena, int threads)
     size_t batch = s->options.batch, hidden = c->hidden_size, heads = c->num_attention_heads;
     size_t attended = heads * value_dim(c), visits = c->n_routed_experts ? c->num_experts_per_tok : 0;
     size_t routed_columns = visits * row_stride(c->moe_intermediate_size) +
-                            (c->n_shared_experts ? row_stride((size_t)c->n_shared_experts * c->moe_intermediate_size) : 0);
+                            (visits && c->n_shared_experts ? row_stride((size_t)c->n_shared_experts * c->moe_intermediate_size) : 0);
     size_t middle_columns = max_size(routed_columns, row_stride(c->intermediate_size));
     s->cache_dtype = (const uint32_t[]){[CACHE_F32] = DTYPE_F32, [CACHE_F16] = DTYPE_F16, [CACHE_Q8] = DTYPE_Q8}[s->options.cache];
 
@@ -1825,6 +1837,9 @@ static void multiply_columns(const struct Session *s, struct Worker *worker, con
     }
 }
 
+// OpenBLAS has room for as many callers as it was built for, some 128 on Debian, and crashes at more.
+#define MAX_BLAS_CALLERS 64
+
 // 1 to 4 panels from first_panel on, one after the other if n <= 16, times n rows: out [panels][n][32]. What a panel gives for all
 // rows lies together, since rows that lie as far apart as a matrix is wide would compete for the same places of a cache.
 static void multiply_tile(const struct Session *s, struct Worker *worker, const struct Matrix *m, size_t first_panel, size_t panels,
@@ -1844,8 +1859,13 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
         }
         for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, width);
         for (size_t t = 0; t < n; t++) memcpy(worker->gemm_inputs + t * depth, x[t].values + first, depth * sizeof(float));
+        while (atomic_fetch_add(&s->team->blas_callers, 1) >= MAX_BLAS_CALLERS) {
+            atomic_fetch_sub(&s->team->blas_callers, 1);
+            sched_yield();
+        }
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)width, (int)depth, 1, worker->gemm_inputs, (int)depth,
                     worker->gemm_weights, (int)width, first ? 1 : 0, worker->gemm_tile, (int)width);
+        atomic_fetch_sub(&s->team->blas_callers, 1);
     }
     for (size_t i = 0; i < panels * n && uses_gemm(m->dtype, n); i++)
         memcpy(out + i * PANEL_ROWS, worker->gemm_tile + i % n * width + i / n * PANEL_ROWS, PANEL_ROWS * sizeof *out);
@@ -3026,6 +3046,7 @@ static int compare_candidates(const void *a, const void *b) {
     return x->token < y->token ? -1 : 1;
 }
 
+// Where one is drawn and a logit is no number: a token whose logit is not finite, so that the damage can be told.
 static uint32_t sample_token(struct Sampler *sampler, const float *logits) {
     uint32_t best = find_largest(logits, sampler->vocab);
     if (sampler->temperature <= 0) return best;
@@ -3037,6 +3058,7 @@ static uint32_t sample_token(struct Sampler *sampler, const float *logits) {
     double total = 0;
     for (size_t i = 0; i < sampler->vocab; i++) {
         float probability = expf((logits[i] - maximum) / sampler->temperature);
+        if (isnan(probability)) return (uint32_t)i;
         total += probability;
         if (probability >= cutoff && probability > 0) sampler->candidates[count++] = (struct Candidate){probability, (uint32_t)i};
     }
@@ -3433,9 +3455,7 @@ static __attribute__((format(printf, 2, 3))) void note(const struct Command *com
     if (command->quiet) return;
     va_list args;
     va_start(args, format);
-    fputs("r1: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    print_remark(format, args);
     va_end(args);
 }
 
@@ -3562,11 +3582,11 @@ static void parse_ids(const char *text, size_t bytes, uint64_t limit, const char
 // it is; with --hide-thinking only the answer is shown.
 // ====================================================================================================================
 
-// Ctrl-C: the first one ends the generation, the second one the program.
+// Ctrl-C: the first one ends the generation, the second one the program, as other signals do at once. None leaves the terminal dimmed.
 static volatile sig_atomic_t interrupted, terminal_dimmed;
 
 static void handle_interrupt(int signal_number) {
-    if (interrupted) {
+    if (interrupted || signal_number != SIGINT) {
         if (terminal_dimmed && write(STDOUT_FILENO, "\x1b[0m", 4) < 0) terminal_dimmed = 0;
         signal(signal_number, SIG_DFL);
         raise(signal_number);
@@ -3575,8 +3595,12 @@ static void handle_interrupt(int signal_number) {
 }
 
 static void catch_interrupts(void) {
-    struct sigaction action = {.sa_handler = handle_interrupt, .sa_flags = SA_RESTART};
-    sigaction(SIGINT, &action, NULL);
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
+        struct sigaction action = {.sa_handler = handle_interrupt, .sa_flags = SA_RESTART}, old;
+        // One that was ignored from outside (nohup, a script's background) stays so.
+        if (sigaction(signals[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
+    }
 }
 
 // ---- what is shown
@@ -3755,6 +3779,7 @@ static void encode_prompt(struct Generation *g, const char *text, size_t bytes) 
 
     if (!has_tags && (g->command->no_think || g->command->think_budget != NOT_GIVEN))
         note(g->command, "%s has no <think> tokens: --no-think and --think-budget do nothing", g->model->name);
+    else if (!specials->has_chat && g->command->no_think) note(g->command, "%s has no chat form: --no-think does nothing", g->model->name);
     if (has_tags) {
         append_text(g, "\n", 1, &g->close);
         g->close_newline = g->close.count;
@@ -4012,7 +4037,7 @@ static void encode_chat_json(const char *place, const struct Model *model, const
     ChatMessage *messages = allocate(count * sizeof *messages);
     for (size_t i = 0; i < count; i++) {
         const json_t *entry = json_array_get(array, i), *role = json_object_get(entry, "role"), *content = json_object_get(entry, "content");
-        if (!json_is_string(role) || !json_is_string(content)) die("%s: message %zu has no \"role\" and \"content\" of text", place, i + 1);
+        if (!json_is_string(role) || !json_is_string(content) || json_string_length(role) != strlen(json_string_value(role))) die("%s: message %zu has no \"role\" and \"content\" of text", place, i + 1);
         messages[i] = (ChatMessage){json_string_value(role), json_string_value(content), json_string_length(content)};
     }
     char error[ERROR_BYTES];

@@ -161,6 +161,15 @@ static void test_sampler(void) {
         sampler_free(&sampler);
     }
     report("logits that are no numbers give some token");
+
+    for (size_t i = 0; i < 64; i++) logits[i] = i == 5 ? NAN : (float)i / 100;
+    for (size_t top_k = 0; top_k < 4; top_k++) {
+        sampler_init(&sampler, 64, 1, 0.95f, 0, top_k, 1234);
+        uint32_t token = sample_token(&sampler, logits);
+        EXPECT(token == 5, "token %u was drawn, whose logit is a number", token);
+        sampler_free(&sampler);
+    }
+    report("one logit that is no number is not passed over");
 }
 
 // ---- streaming UTF-8
@@ -477,6 +486,34 @@ static void test_context(void) {
     EXPECT(options.context == command.max_tokens, "a context of %zu tokens beside a copy, not %" PRIu64, options.context, command.max_tokens);
     report("the context that fits into memory beside a file, and beside its copy");
     close_shape(model);
+}
+
+// What a dense model says of experts, which nobody checks, must not count.
+static void test_dense_memory(void) {
+    const char *type;
+    char error[ERROR_BYTES];
+    struct Model *model = model_of_shape(find_shape("r1-distill-qwen-1.5b", &type), DTYPE_Q4, false, 0, false, error);
+    if (!model) die("%s", error);
+    struct SessionOptions options = {.context = 1024, .batch = 512, .logits_rows = 1, .cache = CACHE_F16};
+    struct MemoryPlan plan = plan_memory(model, &options, 1);
+    model->config.n_shared_experts = model->config.moe_intermediate_size = 1u << 31;
+    struct MemoryPlan hostile = plan_memory(model, &options, 1);
+    EXPECT(hostile.scratch == plan.scratch, "%" PRIu64 " bytes of working space, not %" PRIu64, hostile.scratch, plan.scratch);
+    report("a dense model's working space does not depend on experts that it has not");
+    close_shape(model);
+}
+
+// ---- numbers that JSON does not know
+
+// A mean of 800 nats is finite, e to the 800 is not. report_json() ends the program where jansson takes no object.
+static void test_infinite_perplexity(void) {
+    struct Model model = {.name = "model"};
+    struct Command command = {.cache = CACHE_F16};
+    struct Windows windows = {.count = 1, .scored = 1};
+    struct Evaluation evaluation = {.command = &command, .windows = &windows};
+    struct Summary summaries[SCORE_COUNT] = {[SCORE_NLL] = {.mean = 800}};
+    report_json(&evaluation, summaries, &model);
+    report("a perplexity that is infinite, as JSON");
 }
 
 // ---- the memory of a control group
@@ -813,6 +850,8 @@ int main(int argc, char **argv) {
     test_trial();
     test_router();
     test_context();
+    test_dense_memory();
+    test_infinite_perplexity();
     test_groups();
     for (int i = 1; i < argc; i++) test_loader(argv[i]);
     for (int i = 1; i < argc; i++) test_forward(argv[i]);

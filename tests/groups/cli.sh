@@ -93,7 +93,35 @@ if [ -w /dev/full ]; then
     status=$?
     if [ $status = 1 ] && grep -q '^r1: ' "$scratch/error"; then ok "a full disk under standard output"
     else fail "a full disk under standard output" "expected status 1 and a sentence, got $status: $(brief "$scratch/error")"; fi
+    rejects "a full disk under r1-convert --help" 1 'standard output' bash -c "'$convert' --help >/dev/full 2> >(sed s/^r1-convert:/r1:/ >&2); s=\$?; sleep 0.2; exit \$s"
 fi
+
+# ---- signals, and what a terminal obeys
+
+rejects "a name with control characters" 1 'no.\[2Jwhere' "$r1" inspect $'no\033[2Jwhere'
+if LC_ALL=C grep -q $'\033' "$scratch/error"; then fail "and none of them on standard error" "there is one"; else ok "and none of them on standard error"; fi
+# Slow enough to be ended in the midst of it. A shell without job control has its background ignore Ctrl-C.
+slow=("$r1" run demo --seed 3 --temperature 100 --isa portable -t 1 --color always hello)
+"${slow[@]}" >"$scratch/whole" 2>/dev/null </dev/null
+: >"$scratch/got"
+"${slow[@]}" >"$scratch/got" 2>/dev/null </dev/null &
+child=$!
+until [ -s "$scratch/got" ] || ! kill -0 $child 2>/dev/null; do sleep 0.01; done
+while kill -INT $child 2>/dev/null; do sleep 0.02; done
+same "Ctrl-C that is ignored from outside stays ignored" "$scratch/whole" "$scratch/got"
+status=0
+for try in 1 2 3 4 5; do
+    : >"$scratch/got"
+    "${slow[@]}" >"$scratch/got" 2>/dev/null </dev/null &
+    child=$!
+    until [ -s "$scratch/got" ] || ! kill -0 $child 2>/dev/null; do sleep 0.01; done
+    kill -TERM $child 2>/dev/null
+    wait $child 2>/dev/null
+    status=$?
+    [ $status = 143 ] && break
+done
+if [ $status = 143 ] && [ "$(tail -c 4 "$scratch/got")" = $'\033[0m' ]; then ok "a terminal is not left dimmed by SIGTERM"
+else fail "a terminal is not left dimmed by SIGTERM" "status $status, the last bytes are $(tail -c 8 "$scratch/got" | od -An -c)"; fi
 
 # ---- tokenize
 
@@ -111,6 +139,8 @@ rejects "decode what is no id" 1 'x12' bash -c "'$r1' tokenize demo --decode <<<
 rejects "hexadecimal that is none" 1 'hex' bash -c "'$r1' tokenize demo --hex <<<'0g'"
 rejects "a chat that is not JSON" 1 'JSON|json' bash -c "'$r1' tokenize demo --chat <<<'[{'"
 rejects "a chat with an unknown role" 1 'role|wizard' bash -c "'$r1' tokenize demo --chat <<<'[{\"role\": \"wizard\", \"content\": \"x\"}]'"
+
+rejects "a chat with a zero byte in a role" 1 'role' bash -c "'$r1' tokenize demo --chat <<<'[{\"role\": \"user\\u0000x\", \"content\": \"x\"}]'"
 
 # ---- logits and perplexity
 
@@ -138,6 +168,8 @@ passes "perplexity --ids --save-base" "$r1" perplexity demo --ids "$scratch/ids"
 timeout 120 "$r1" perplexity demo --ids "$scratch/ids" --kld "$scratch/base" >"$scratch/got" 2>"$scratch/error" </dev/null
 status=$?
 if [ $status = 0 ]; then ok "perplexity --kld"; else fail "perplexity --kld" "status $status: $(brief "$scratch/error")"; fi
+rejects "a base that cannot be written whole" 1 'written' bash -c "ulimit -f 4; exec '$r1' perplexity demo --ids '$scratch/ids' --save-base '$scratch/unfinished' -q"
+if [ -z "$(ls "$scratch"/unfinished* 2>/dev/null)" ]; then ok "and nothing of it is left"; else fail "and nothing of it is left" "$(ls "$scratch"/unfinished*)"; fi
 head -c 100 "$scratch/base" >"$scratch/short"
 rejects "a base that is cut short" 1 'short' "$r1" perplexity demo --ids "$scratch/ids" --kld "$scratch/short"
 rejects "a base of another model" 1 'base' "$r1" perplexity "$small" --ids <(echo 5 6 7) --kld "$scratch/base"
@@ -183,6 +215,22 @@ fi
 rejects "--json without a model" 2 'model' "$r1" bench --json
 rejects "--decode without a model" 2 'model' "$r1" bench --decode 8
 rejects "--seconds with a model" 2 'table' "$r1" bench demo --seconds 9
+
+# ---- more threads than OpenBLAS has room for
+
+[ "$build" = build ] && passes "a prompt of floats with 192 threads" "$r1" bench r1-distill-qwen-1.5b:bf16 --layers 2 --prefill 1024 --batch 1024 --decode 1 -t 192
+
+# ---- few addresses: OpenBLAS takes 128 MB of them a thread, and asks for ever if it gets none
+
+if [ "$build" = build ]; then
+    why=
+    for limit in 400000 450000 500000 600000; do
+        (ulimit -v $limit; OMP_NUM_THREADS=2 exec timeout 60 "$r1" run demo -q -t 2 -n 3 "$(printf 'word %.0s' $(seq 60))") >"$scratch/got" 2>"$scratch/error" </dev/null
+        status=$?
+        [ $status = 0 ] || { [ $status = 1 ] && grep -q 'needs .* of memory' "$scratch/error"; } || why="status $status with $limit KB: $(brief "$scratch/error")"
+    done
+    if [ -z "$why" ]; then ok "few addresses: it runs, or says what it needs"; else fail "few addresses: it runs, or says what it needs" "$why"; fi
+fi
 
 # ---- a person at a terminal
 

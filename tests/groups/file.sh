@@ -33,6 +33,8 @@ done
 if [ -z "$why" ]; then ok "cut short ($count commands)"; else fail "cut short" "$why"; fi
 : >"$file"
 rejects "an empty file" 1 'empty' "$r1" inspect "$file"
+rm -f "$file.pipe" && mkfifo "$file.pipe"
+rejects "a named pipe" 1 'regular' "$r1" inspect "$file.pipe"
 { cat "$source"; echo; } >"$file"
 rejects "a byte too much" 1 'bytes' "$r1" inspect "$file"
 
