@@ -11,9 +11,9 @@
 // makes no sense; how long it takes does.
 // ====================================================================================================================
 
-// Lays out a model of a known shape in memory that is not yet filled, nor taken from the system. NULL with a sentence in
-// error. layers: 0 for all. Not in_memory: only to be counted, at an address that is never read.
-static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bool uniform, size_t layers, bool in_memory, char *error) {
+// Lays out a model of a known shape in memory that is not yet filled, nor taken from the system. layers: 0 for all.
+// Not in_memory: only to be counted, at an address that is never read.
+static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bool uniform, size_t layers, bool in_memory) {
     struct Model *model = allocate(sizeof *model);
     model->config = shape_config(shape, type, (uint32_t)layers);
     model->has_weights = true;
@@ -35,11 +35,10 @@ static struct Model *model_of_shape(const struct Shape *shape, uint32_t type, bo
     model->entries = entries;
     model->bytes = in_memory ? map_memory(model->size) : (const uint8_t *)(uintptr_t)FORMAT_PAGE;
     model->mapped = in_memory && model->bytes;
-    if (!model->bytes) fail(error, "%s: the system does not give %.1f GB of memory", shape->name, (double)model->size / 1e9);
-    else if (bind_model(model, error)) return model;
-    free(entries);
-    model_close(model);
-    return NULL;
+    if (!model->bytes) die("%s: the system does not give %.1f GB of memory", shape->name, (double)model->size / 1e9);
+    char error[ERROR_BYTES];
+    if (!bind_model(model, error)) die("%s: %s", shape->name, error);
+    return model;
 }
 
 static void close_shape(struct Model *model) {
@@ -322,9 +321,7 @@ static void open_bench_model(struct Bench *bench) {
     if (!type) wrong_usage(command, "%s: unknown type \"%s\", expected f32, bf16, f8, q8, q6 or q4", text, type_name);
     if (command->layers > shape->config.num_hidden_layers)
         wrong_usage(command, "--layers %" PRIu64 ": %s has 1 to %u", command->layers, shape->name, shape->config.num_hidden_layers);
-    char error[ERROR_BYTES];
-    bench->model = model_of_shape(shape, type, command->uniform, command->layers, true, error);
-    if (!bench->model) die("%s", error);
+    bench->model = model_of_shape(shape, type, command->uniform, command->layers, true);
     bench->synthetic = true;
 }
 
@@ -489,9 +486,7 @@ static double find_room(void) {
 }
 
 static struct TableRow count_row(const struct Command *command, const struct Shape *shape, uint32_t type) {
-    char error[ERROR_BYTES];
-    struct Model *model = model_of_shape(shape, type, command->uniform, command->layers, false, error);
-    if (!model) die("%s", error);
+    struct Model *model = model_of_shape(shape, type, command->uniform, command->layers, false);
     struct SessionOptions options = {.context = TABLE_CONTEXT, .batch = micro_batch(command, model), .logits_rows = 1,
                                      .cache = (enum CacheType)command->cache};
     struct MemoryPlan plan = plan_memory(model, &options, (int)command->threads);
@@ -512,10 +507,8 @@ static int compare_memory(const void *a, const void *b) {
 }
 
 static void measure_row(const struct Command *command, struct TableRow *row) {
-    char error[ERROR_BYTES];
     struct Bench bench = {.command = command, .synthetic = true, .patience = TABLE_PATIENCE};
-    bench.model = model_of_shape(row->shape, row->type, command->uniform, command->layers, true, error);
-    if (!bench.model) die("%s", error);
+    bench.model = model_of_shape(row->shape, row->type, command->uniform, command->layers, true);
     open_bench_session(&bench);
     row->speed[PREFILL] = measure_speed(&bench, false, TABLE_PROMPT, 0);
     row->speed[DECODE] = measure_speed(&bench, true, TABLE_DECODE, 0);
@@ -571,7 +564,7 @@ static void print_row(const struct TableRow *row) {
     putchar('\n');
 }
 
-static int bench_all(const struct Command *command) {
+static void bench_all(const struct Command *command) {
     double seconds = command->seconds != NOT_GIVEN ? (double)command->seconds : TABLE_SECONDS, room = find_room();
     struct TableRow rows[TABLE_ROWS];
     for (size_t i = 0; i < TABLE_ROWS; i++) rows[i] = count_row(command, &known_shapes[i / 2], i % 2 ? DTYPE_Q8 : DTYPE_Q4);
@@ -597,10 +590,9 @@ static int bench_all(const struct Command *command) {
     printf("\nPrefill of %d tokens; the memory has a cache for %d. ~ is predicted, not measured: from the bytes\n"
            "that a token reads and its multiply-adds, at %s.\n", TABLE_PROMPT, TABLE_CONTEXT,
            any_measured ? "the share of the limits that the measured model\nmost like it reached" : "the limits themselves");
-    return 0;
 }
 
-static int command_bench(struct Command *command) {
+static void command_bench(struct Command *command) {
     bool has_model = command->argument_count;
     if (!has_model && (command->json || command->prefill.count || command->depth.count || command->decode != NOT_GIVEN))
         wrong_usage(command, "--prefill, --decode, --depth and --json go with a model");
@@ -608,7 +600,10 @@ static int command_bench(struct Command *command) {
     if (!command->prefill.count) command->prefill = (struct CountList){{TABLE_PROMPT}, 1, false};
     if (!command->depth.count) command->depth = (struct CountList){{0}, 1, false};
     if (command->decode == NOT_GIVEN) command->decode = has_model ? 64 : TABLE_DECODE;
-    if (!has_model) return bench_all(command);
+    if (!has_model) {
+        bench_all(command);
+        return;
+    }
     struct Bench bench = {.command = command, .patience = BENCH_PATIENCE};
     open_bench_model(&bench);
     open_bench_session(&bench);
@@ -626,7 +621,6 @@ static int command_bench(struct Command *command) {
     if (command->json) print_json(object);
     else json_decref(object);
     close_bench(&bench);
-    return 0;
 }
 
 // ====================================================================================================================
@@ -969,7 +963,7 @@ static void report_json(const struct Evaluation *e, const struct Summary *s, con
     print_json(object);
 }
 
-static int command_perplexity(struct Command *command) {
+static void command_perplexity(struct Command *command) {
     const char *text = command->arguments[1];
     if (!text == !command->ids) wrong_usage(command, "expected either a text file or --ids FILE");
     if (command->save_base && command->kld) wrong_usage(command, "--save-base does not go with --kld");
@@ -989,7 +983,6 @@ static int command_perplexity(struct Command *command) {
     free(windows.items);
     free(windows.ids.ids);
     model_close(model);
-    return 0;
 }
 
 #endif

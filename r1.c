@@ -1,8 +1,8 @@
 // r1.c: runs DeepSeek-R1 and its family on a CPU.
 //
 // The whole engine is this one file, to be read from top to bottom: helpers, threads, the .r1 file, the kernels in
-// portable C, norms and RoPE, attention, router and experts, forward, sampling. Then come the commands and what they
-// need: options, generation of text, and main; `r1 bench` and `r1 perplexity` are in measure.h.
+// portable C, the session, matrix products, norms and RoPE, the cache, attention, router and experts, forward, sampling.
+// Then come the commands and what they need: options, generation of text, and main; `r1 bench` and `r1 perplexity` are in measure.h.
 // convert/ makes the .r1 files, tokenizer.c turns text into tokens and back, and kernels/ holds faster forms of a
 // dozen inner functions for particular processors; without that folder everything still works, slowly.
 //
@@ -193,13 +193,12 @@ static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 struct Team {
     int threads;
     int spins;                    // how often a waiting thread looks before it lets others run
-    void (*job)(void *argument, int thread);
+    void (*job)(void *argument, int thread);   // NULL at the end of the program
     void *argument;
     // Each on a cache line of its own: threads that spin on one must not slow down writers of another.
     _Alignas(64) atomic_uint job_number;   // counts up with every job posted
     _Alignas(64) atomic_uint arrived;      // threads at the barrier
     _Alignas(64) atomic_uint epoch;        // barriers passed
-    _Alignas(64) atomic_bool ended;
     _Alignas(64) atomic_int blas_callers;
     struct { _Alignas(64) atomic_uint_least64_t next; } shares[MAX_THREADS];   // of each thread: see share_items()
 };
@@ -244,7 +243,7 @@ static void team_run(struct Team *team, void (*job)(void *argument, int thread),
 static void team_work(struct Team *team, int thread) {
     for (unsigned seen = 0;; seen++) {
         wait_for_change(team, &team->job_number, seen);
-        if (atomic_load(&team->ended)) return;
+        if (!team->job) return;
         team->job(team->argument, thread);
         team_barrier(team);
     }
@@ -302,12 +301,12 @@ static bool next_item(struct Items *items, size_t *item) {
 }
 
 // The processors to run on, one a physical core, from the ones this process may use. Returns how many.
-static int list_physical_cores(int *cpus, int most) {
+static int list_physical_cores(int cpus[MAX_THREADS]) {
     int count = 0;
 #ifdef __linux__
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        for (int cpu = 0; cpu < CPU_SETSIZE && count < most; cpu++) {
+        for (int cpu = 0; cpu < CPU_SETSIZE && count < MAX_THREADS; cpu++) {
             if (!CPU_ISSET(cpu, &allowed)) continue;
             // A core's hardware threads are listed by the kernel, lowest first; take the first one that is allowed.
             char path[96];
@@ -331,7 +330,7 @@ static int list_physical_cores(int *cpus, int most) {
     }
 #endif
     long online = sysconf(_SC_NPROCESSORS_ONLN);
-    for (count = 0; count < online && count < most; count++) cpus[count] = count;
+    for (count = 0; count < online && count < MAX_THREADS; count++) cpus[count] = count;
     return count ? count : 1;
 }
 
@@ -348,14 +347,13 @@ static void pin_thread(int cpu) {
 }
 
 // Starts a team and runs main_function(argument) on its thread 0; the others serve its jobs until it returns.
-static int team_start(struct Team *team, int threads, int (*main_function)(void *argument), void *argument) {
-    int status = 0;
+static void team_start(struct Team *team, int threads, void (*main_function)(void *argument), void *argument) {
     team->threads = threads;
     atomic_store(&team->epoch, 1);   // no counter of items is of this step yet
     openblas_set_num_threads(1);   // OpenBLAS is called from inside our own threads, one at a time each
     omp_set_dynamic(0);
     omp_set_num_threads(threads);
-    int cpus[MAX_THREADS], cores = list_physical_cores(cpus, MAX_THREADS);
+    int cpus[MAX_THREADS], cores = list_physical_cores(cpus);
     team->spins = threads <= cores ? 4096 : 0;   // with fewer cores than threads, the one waited for may not be running
 #pragma omp parallel num_threads(threads)
     {
@@ -366,15 +364,14 @@ static int team_start(struct Team *team, int threads, int (*main_function)(void 
             // Only when every thread gets a core of its own; one thread alone is left to the system.
             if (threads > 1 && threads <= cores) pin_thread(cpus[thread]);
             if (thread == 0) {
-                status = main_function(argument);
-                atomic_store(&team->ended, true);
+                main_function(argument);
+                team->job = NULL;
                 atomic_fetch_add_explicit(&team->job_number, 1, memory_order_release);
             } else {
                 team_work(team, thread);
             }
         }
     }
-    return status;
 }
 
 // ====================================================================================================================
@@ -393,7 +390,7 @@ struct Matrix {
     size_t panel_step;            // bytes from one panel of 32 rows to the next
 };
 
-// Blobs, `stride` bytes apart, of up to three matrices of the same shapes: a feed-forward network, a layer's experts, a factor per head.
+// Blobs, `stride` bytes apart, of up to three matrices, alike from blob to blob: a feed-forward network, a layer's experts, a factor per head.
 struct Blobs {
     struct Matrix part[ENTRY_MAX_PARTS];   // of blob 0
     size_t stride;
@@ -430,7 +427,7 @@ struct Layer {
 struct Model {
     char name[256];               // for messages: the path, "demo", or a shape's name
     struct ModelConfig config;
-    const uint8_t *bytes;         // the whole file in memory
+    const uint8_t *bytes;         // the whole file in memory; of a shape, its tensors
     size_t size;
     bool mapped;                  // bytes came from mmap and are ours to unmap
     const struct TensorEntry *entries;
@@ -445,9 +442,6 @@ struct Model {
 };
 
 static bool is_mla(const struct ModelConfig *config) { return config->architecture == ARCH_DEEPSEEK_V3; }
-static bool is_routed(const struct ModelConfig *config, size_t layer) {
-    return config->n_routed_experts && layer >= config->first_k_dense_replace;
-}
 // Values a head's query and key have; of these, how many RoPE turns; values a head gives out.
 static size_t query_dim(const struct ModelConfig *c) {
     return is_mla(c) ? (size_t)c->qk_nope_head_dim + c->qk_rope_head_dim : c->head_dim;
@@ -494,22 +488,14 @@ struct Binder {
     char *error;
 };
 
-static const struct TensorEntry *find_entry(const struct Binder *binder, const char *name) {
+// The entry of a layer's tensor; NULL with a sentence in the binder's error if there is none.
+static const struct TensorEntry *find_entry(const struct Binder *binder, const char *format, size_t layer) {
     struct TensorEntry key;
-    snprintf(key.name, sizeof key.name, "%s", name);
+    snprintf(key.name, sizeof key.name, format, layer);
     const struct TensorEntry *wanted = &key;
     const struct TensorEntry **found = bsearch(&wanted, binder->sorted, binder->model->entry_count, sizeof *binder->sorted, compare_entries);
+    if (!found) fail(binder->error, "tensor %s is missing", key.name);
     return found ? *found : NULL;
-}
-
-static struct Matrix part_matrix(const struct Binder *binder, const struct TensorEntry *entry, unsigned part) {
-    return (struct Matrix){
-        .data = binder->model->bytes + entry->offset + part_offset(entry, part),
-        .dtype = entry->dtype[part],
-        .rows = entry->rows[part],
-        .cols = entry->cols[part],
-        .panel_step = panel_step(entry, part),
-    };
 }
 
 static bool check_shape(const struct Binder *binder, const struct TensorEntry *entry, unsigned part, size_t rows, size_t cols) {
@@ -521,15 +507,14 @@ static bool check_shape(const struct Binder *binder, const struct TensorEntry *e
 // Binds blobs of `parts` matrices. sizes: rows and cols of each part.
 static bool bind_blobs(const struct Binder *binder, struct Blobs *out, size_t count, unsigned parts, const size_t sizes[][2],
                        const char *format, size_t layer) {
-    char name[64];
-    snprintf(name, sizeof name, format, layer);
-    const struct TensorEntry *entry = find_entry(binder, name);
-    if (!entry) return fail(binder->error, "tensor %s is missing", name);
+    const struct TensorEntry *entry = find_entry(binder, format, layer);
+    if (!entry) return false;
     if (entry->is_vector || entry->parts != parts || entry->experts != count)
-        return fail(binder->error, "tensor %s: %" PRIu64 " blobs of %u parts, expected %zu of %u", name, entry->experts, entry->parts, count, parts);
+        return fail(binder->error, "tensor %s: %" PRIu64 " blobs of %u parts, expected %zu of %u", entry->name, entry->experts, entry->parts, count, parts);
     for (unsigned part = 0; part < parts; part++) {
         if (!check_shape(binder, entry, part, sizes[part][0], sizes[part][1])) return false;
-        out->part[part] = part_matrix(binder, entry, part);
+        out->part[part] = (struct Matrix){.data = binder->model->bytes + entry->offset + part_offset(entry, part), .dtype = entry->dtype[part],
+                                          .rows = sizes[part][0], .cols = sizes[part][1], .panel_step = panel_step(entry, part)};
     }
     out->stride = entry->stride;
     return true;
@@ -543,11 +528,9 @@ static bool bind_matrix(const struct Binder *binder, struct Matrix *out, size_t 
 }
 
 static bool bind_vector(const struct Binder *binder, const float **out, size_t cols, const char *format, size_t layer) {
-    char name[64];
-    snprintf(name, sizeof name, format, layer);
-    const struct TensorEntry *entry = find_entry(binder, name);
-    if (!entry) return fail(binder->error, "tensor %s is missing", name);
-    if (!entry->is_vector) return fail(binder->error, "tensor %s: a matrix, expected a vector", name);
+    const struct TensorEntry *entry = find_entry(binder, format, layer);
+    if (!entry) return false;
+    if (!entry->is_vector) return fail(binder->error, "tensor %s: a matrix, expected a vector", entry->name);
     if (!check_shape(binder, entry, 0, 1, cols)) return false;
     *out = (const float *)(const void *)(binder->model->bytes + entry->offset);
     return true;
@@ -599,7 +582,7 @@ static bool bind_layer(const struct Binder *binder, struct Layer *out, size_t i)
                            !bind_vector(binder, &out->k_norm, c->head_dim, L "self_attn.k_norm.weight", i)))
             return false;
     }
-    out->routed = is_routed(c, i);
+    out->routed = c->n_routed_experts && i >= c->first_k_dense_replace;
     if (!out->routed) return bind_feed_forward(binder, &out->dense, 1, c->intermediate_size, L "mlp", i);
     if (!bind_matrix(binder, &out->router, c->n_routed_experts, hidden, L "mlp.gate.weight", i) ||
         !bind_vector(binder, &out->router_bias, c->n_routed_experts, L "mlp.gate.e_score_correction_bias", i) ||
@@ -640,7 +623,9 @@ static void model_close(struct Model *model) {
 static struct Model *model_from_memory(const uint8_t *bytes, size_t size, const char *name, char *error) {
     struct FilePreamble preamble;
     if (size < sizeof preamble || memcmp(bytes, FORMAT_MAGIC, sizeof preamble.magic) != 0) {
-        fail(error, "%s: not an .r1 file", name);
+        bool is_gguf = size >= 4 && memcmp(bytes, "GGUF", 4) == 0;
+        fail(error, is_gguf ? "%s: a GGUF file; r1 reads .r1 files, which r1-convert makes from the original Hugging Face checkpoint"
+                            : "%s: not an .r1 file", name);
         return NULL;
     }
     memcpy(&preamble, bytes, sizeof preamble);
@@ -721,21 +706,15 @@ __asm__(READ_ONLY_SECTION
 extern const uint8_t demo_file_start[], demo_file_end[];
 #endif
 
-// A directory or a file of another program, given where an .r1 file belongs: false, and error says what to do instead.
-static bool explain_foreign_model(const char *path, bool directory, const uint8_t *bytes, size_t size, char *error) {
-    if (directory) {
-        char config[4096];
-        snprintf(config, sizeof config, "%s/config.json", path);
-        int length = (int)strlen(path);
-        while (length > 1 && path[length - 1] == '/') length--;
-        if (access(config, R_OK) == 0)
-            return fail(error, "%s: a Hugging Face directory, not an .r1 file; convert it first: r1-convert %.*s %.*s.r1", path, length, path,
-                        (int)min_size((size_t)length, 200), path);
-        return fail(error, "%s: a directory, not an .r1 file", path);
-    }
-    if (size >= 4 && memcmp(bytes, "GGUF", 4) == 0)
-        return fail(error, "%s: a GGUF file; r1 reads .r1 files, which r1-convert makes from the original Hugging Face checkpoint", path);
-    return true;
+// A directory, given where an .r1 file belongs: error says what to do instead.
+static void explain_directory(const char *path, char *error) {
+    char config[4096];
+    snprintf(config, sizeof config, "%s/config.json", path);
+    int length = (int)strlen(path);
+    while (length > 1 && path[length - 1] == '/') length--;
+    if (access(config, R_OK) != 0) fail(error, "%s: a directory, not an .r1 file", path);
+    else fail(error, "%s: a Hugging Face directory, not an .r1 file; convert it first: r1-convert %.*s %.*s.r1", path, length, path,
+              (int)min_size((size_t)length, 200), path);
 }
 
 // Opens MODEL of the command line: a path to an .r1 file, or the word "demo". NULL with a sentence in error.
@@ -750,7 +729,7 @@ static struct Model *model_open(const char *path, char *error) {
         if (file >= 0) close(file);
         return NULL;
     }
-    if (S_ISDIR(status.st_mode)) explain_foreign_model(path, true, NULL, 0, error);
+    if (S_ISDIR(status.st_mode)) explain_directory(path, error);
     else if (!S_ISREG(status.st_mode)) fail(error, "%s: not a regular file", path);
     else if (status.st_size == 0) fail(error, "%s: the file is empty", path);
     if (!S_ISREG(status.st_mode) || status.st_size == 0) {
@@ -765,8 +744,7 @@ static struct Model *model_open(const char *path, char *error) {
         fail(error, "%s: cannot be mapped: %s", path, strerror(mapping_error));
         return NULL;
     }
-    struct Model *model = NULL;
-    if (explain_foreign_model(path, false, bytes, size, error)) model = model_from_memory(bytes, size, path, error);
+    struct Model *model = model_from_memory(bytes, size, path, error);
     if (model) model->mapped = true;
     else munmap(bytes, size);
     return model;
@@ -1037,7 +1015,7 @@ static void product_q6(const uint8_t *panel, size_t cols, const struct Row *x, s
 // ---- products of many tokens
 
 static void unpack_q8(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
-    const uint8_t *block = panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q8, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
@@ -1053,8 +1031,7 @@ static void unpack_q8(const uint8_t *panel, size_t cols, size_t first, size_t de
 // the sub-scales are fixed-point numbers of 15 bits.
 static void unpack_q4(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
     const float *row_scales = (const float *)(const void *)panel;
-    const uint8_t *block = panel + panel_head_bytes(DTYPE_Q4) +
-                           first / K_BLOCK * (block_head_bytes(DTYPE_Q4, K_BLOCK) + value_bytes(DTYPE_Q4, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q4, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         const uint8_t *w = block + block_head_bytes(DTYPE_Q4, length);
@@ -1067,10 +1044,8 @@ static void unpack_q4(const uint8_t *panel, size_t cols, size_t first, size_t de
             scales[r] = row_scales[r] * (float)largest;
             float inverse = largest ? 32767.0f / (float)largest : 0;
             for (size_t k = 0; k < length; k++) {
-                uint8_t pair = w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4], sub = block[k / K_GROUP * PANEL_ROWS + r];
-                int value = Q4_TABLE[k % 8 < 4 ? pair & 15 : pair >> 4] + (sub & 1 ? Q4_SHIFT : 0);
-                int ratio = (int)lrintf((float)(int8_t)(sub & 0xfe) * inverse);
-                bytes[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = (uint8_t)((value * ratio + 0x4000) >> 15);
+                int ratio = (int)lrintf((float)(int8_t)(block[k / K_GROUP * PANEL_ROWS + r] & 0xfe) * inverse);
+                bytes[k / 4 * 4 * PANEL_ROWS + r * 4 + k % 4] = (uint8_t)((q4_value(block, w, r, k) * ratio + 0x4000) >> 15);
             }
         }
         block = w + value_bytes(DTYPE_Q4, length);
@@ -1080,7 +1055,7 @@ static void unpack_q4(const uint8_t *panel, size_t cols, size_t first, size_t de
 }
 
 static void unpack_q6(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
-    const uint8_t *block = panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q6, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         const uint8_t *w = block + block_head_bytes(DTYPE_Q6, length);
@@ -1416,7 +1391,7 @@ struct Worker {
     struct Activations queries;   // [256, or batch][query dim, or kv_lora_rank + rope]
     float *mixed;                 // as many [value dim, or kv_lora_rank]
     struct Activations scores;    // [256][256] of the queries, and the softmax of them
-    float *maxima, *sums;         // [max(256, batch)] of the softmax of each query
+    float *maxima, *sums;         // [256, or batch] of the softmax of each query
     // MLA where keys and values are expanded
     float *key_factor;            // [kv_lora_rank][nope] a head's factors as floats
     float *value_factor;          // [kv_lora_rank][v_head_dim]
@@ -1466,7 +1441,7 @@ struct Session {
     struct Activations attended;  // [batch][heads * value dim]
     struct Activations middle;    // [batch * (experts per token + 1)][intermediate] silu(gate) * up of each visit
     float *q;                     // [batch][heads * query dim]
-    struct Activations queries;   // [heads][16] of few tokens, as they meet the cache
+    struct Activations queries;   // [heads][n] of few tokens, as they meet the cache
     float *k, *v;                 // [batch][kv_heads * head_dim] GQA
     float *q_latent;              // [batch][q_lora_rank] MLA
     float *kv_latent;             // [batch][kv_lora_rank + rope] MLA
@@ -1690,10 +1665,8 @@ static struct Session *session_create(const struct Model *model, struct Team *te
         place_row(&s->latent, t, t * row_stride(c->q_lora_rank));
         place_row(&s->attended, t, t * row_stride((size_t)c->num_attention_heads * value_dim(c)));
     }
-    for (int i = 0; i < team->threads; i++) {
-        struct Worker *w = &s->workers[i];
-        for (size_t row = 0; row < ATTENTION_QUERIES; row++) place_row(&w->scores, row, row * CACHE_BLOCK);
-    }
+    for (int i = 0; i < team->threads; i++)
+        for (size_t row = 0; row < ATTENTION_QUERIES; row++) place_row(&s->workers[i].scores, row, row * CACHE_BLOCK);
     // Multiply-adds per key and head: expanded kv_lora_rank * (nope + v) once and nope + rope + v per query, absorbed
     // 2 * kv_lora_rank + rope per query. For R1 they meet at 171 queries.
     s->expand_tokens = SIZE_MAX;
@@ -1720,8 +1693,6 @@ static void session_free(struct Session *s) {
 // in the caches: integer weights are unpacked for multiply_unpacked(), float weights for OpenBLAS.
 // ====================================================================================================================
 
-static bool uses_gemm(uint32_t dtype, size_t n) { return dtype <= DTYPE_F8 && n > EXACT_TOKENS; }
-
 static struct Matrix blob_matrix(const struct Blobs *blobs, unsigned part, size_t index) {
     struct Matrix m = blobs->part[part];
     m.data += index * blobs->stride;
@@ -1746,11 +1717,7 @@ static void read_row(const struct Matrix *m, size_t row, float *out) {
             case DTYPE_F8: *value = scales[k / K_GROUP] * float_from_e4m3(w[at8]); break;
             case DTYPE_Q8: *value = scales[r] * (float)(int8_t)w[at8]; break;
             case DTYPE_Q6: *value = scales[r] * (float)q6_value(w, r, k); break;
-            default: {
-                uint8_t pair = w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4], sub = block[k / K_GROUP * PANEL_ROWS + r];
-                int table = Q4_TABLE[k % 8 < 4 ? pair & 15 : pair >> 4] + (sub & 1 ? Q4_SHIFT : 0);
-                *value = ((const float *)(const void *)panel)[r] * (float)((int8_t)(sub & 0xfe) * table);
-            }
+            default: *value = ((const float *)(const void *)panel)[r] * (float)((int8_t)(block[k / K_GROUP * PANEL_ROWS + r] & 0xfe) * q4_value(block, w, r, k));
             }
         }
         block = w + value_bytes(m->dtype, length);
@@ -1766,8 +1733,7 @@ static void read_row(const struct Matrix *m, size_t row, float *out) {
 
 // Where in a panel columns from `first` on, a multiple of 256, begin.
 static const uint8_t *column_data(const struct Matrix *m, size_t panel, size_t first) {
-    size_t block_bytes = block_head_bytes(m->dtype, K_BLOCK) + value_bytes(m->dtype, K_BLOCK);
-    return m->data + panel * m->panel_step + panel_head_bytes(m->dtype) + first / K_BLOCK * block_bytes;
+    return m->data + panel * m->panel_step + panel_bytes(m->dtype, first);
 }
 
 // Expands columns [first, first + depth) of a panel of float weights to out[k][r], stride floats from one k to the next.
@@ -1845,6 +1811,7 @@ static void multiply_columns(const struct Session *s, struct Worker *worker, con
 static void multiply_tile(const struct Session *s, struct Worker *worker, const struct Matrix *m, size_t first_panel, size_t panels,
                           const struct Row *x, size_t n, float *out) {
     size_t width = panels * PANEL_ROWS;
+    bool floats = m->dtype <= DTYPE_F8;
     if (n <= EXACT_TOKENS) {
         for (size_t p = 0; p < panels; p++)
             multiply_rows(s, m->dtype, m->data + (first_panel + p) * m->panel_step, m->panel_step, m->cols, x, n, false, out + p * n * PANEL_ROWS,
@@ -1853,7 +1820,7 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
     }
     for (size_t first = 0; first < m->cols; first += GEMM_DEPTH) {
         size_t depth = min_size(GEMM_DEPTH, m->cols - first);
-        if (!uses_gemm(m->dtype, n)) {
+        if (!floats) {
             multiply_columns(s, worker, m, first_panel, panels, first, depth, x, n, out);
             continue;
         }
@@ -1867,7 +1834,7 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
                     worker->gemm_weights, (int)width, first ? 1 : 0, worker->gemm_tile, (int)width);
         atomic_fetch_sub(&s->team->blas_callers, 1);
     }
-    for (size_t i = 0; i < panels * n && uses_gemm(m->dtype, n); i++)
+    for (size_t i = 0; i < panels * n && floats; i++)
         memcpy(out + i * PANEL_ROWS, worker->gemm_tile + i % n * width + i / n * PANEL_ROWS, PANEL_ROWS * sizeof *out);
 }
 
@@ -1952,26 +1919,40 @@ static void rms_norm(const struct Session *s, const float *x, const float *weigh
     scale_values(x, rms_scale(s, x, n, eps), weight, n, out);
 }
 
-// Fills in the quantised form of a k-block of up to 256 values, in rotated columns as format.h tells; it starts at value `at`
-// of the buffer.
+// Rotates up to 256 columns at a time, as format.h does: out [padded(cols)].
+static void rotate_padded(const struct Session *s, const float *x, size_t cols, float *out) {
+    float piece[K_BLOCK];
+    for (size_t first = 0, width; first < padded(cols); first += width) {
+        width = rotation_width(padded(cols) - first);
+        bool whole = first + width <= cols;
+        for (size_t i = 0; i < width && !whole; i++) piece[i] = first + i < cols ? x[first + i] : 0;
+        s->kernels->rotate_columns(whole ? x + first : piece, width, out + first);
+    }
+}
+
+// Fills in the quantised form of values as they are, k-block by k-block, the first at value `at` of the buffer.
+static void quantize_blocks(const struct Session *s, const struct Activations *a, size_t at, const float *values, size_t cols) {
+    for (size_t first = 0; first < cols; first += K_BLOCK, at += K_BLOCK)
+        s->kernels->quantize_block(values + first, min_size(K_BLOCK, cols - first), a->quants + at, a->scales + at / K_BLOCK,
+                                   a->sums + at / K_GROUP, a->block_sums + at / K_BLOCK);
+}
+
+// The same of one k-block, in rotated columns.
 static void quantize_k_block(const struct Session *s, const struct Activations *a, size_t at, const float *values, size_t length) {
     _Alignas(64) float rotated[K_BLOCK];
-    for (size_t k = 0, width; k < length; k += width) {
-        width = rotation_width(length - k);
-        s->kernels->rotate_columns(values + k, width, rotated + k);
-    }
-    s->kernels->quantize_block(rotated, length, a->quants + at, a->scales + at / K_BLOCK, a->sums + at / K_GROUP, a->block_sums + at / K_BLOCK);
+    rotate_padded(s, values, length, rotated);
+    quantize_blocks(s, a, at, rotated, length);
 }
 
 // The k-blocks of rows of `cols` values. Norms and quantising are dealt out by these, so that a single token, too, is work for
 // several threads.
 static size_t count_k_blocks(size_t rows, size_t cols) { return rows * ceil_div(cols, K_BLOCK); }
 
-// Quantises k-block `item` of the rows from `row` on, whose values are there, if some matrix needs it.
-static void quantize_item(const struct Session *s, const struct Activations *a, size_t row, size_t cols, size_t item) {
+// Quantises k-block `item` of the rows, whose values are there, if some matrix needs it.
+static void quantize_item(const struct Session *s, const struct Activations *a, size_t cols, size_t item) {
     if (!s->integer_weights) return;
     size_t blocks = ceil_div(cols, K_BLOCK), first = item % blocks * K_BLOCK;
-    const float *values = a->rows[row + item / blocks].values + first;
+    const float *values = a->rows[item / blocks].values + first;
     quantize_k_block(s, a, (size_t)(values - a->values), values, min_size(K_BLOCK, cols - first));
 }
 
@@ -1984,7 +1965,7 @@ static void norm_tokens(struct Session *s, int thread, const float *weight) {
         size_t first = item % blocks * K_BLOCK, length = min_size((last - t * blocks) * K_BLOCK, hidden) - first;
         const float *x = s->x + t * hidden;
         scale_values(x + first, rms_scale(s, x, hidden, s->model->config.rms_norm_eps), weight + first, length, row_values(&s->input, t) + first);
-        for (; item < last; item++) quantize_item(s, &s->input, 0, hidden, item);
+        for (; item < last; item++) quantize_item(s, &s->input, hidden, item);
     }
     team_barrier(s->team);
 }
@@ -2068,17 +2049,6 @@ static uint8_t *cache_keys(const struct Session *s, size_t layer, size_t head, s
 
 static uint8_t *cache_values(const struct Session *s, size_t layer, size_t head, size_t position) {
     return cache_keys(s, layer, head, position) + s->key_block_bytes;
-}
-
-// Rotates up to 256 columns at a time, as format.h does: out [padded(cols)].
-static void rotate_padded(const struct Session *s, const float *x, size_t cols, float *out) {
-    float piece[K_BLOCK];
-    for (size_t first = 0, width; first < padded(cols); first += width) {
-        width = rotation_width(padded(cols) - first);
-        bool whole = first + width <= cols;
-        for (size_t i = 0; i < width && !whole; i++) piece[i] = first + i < cols ? x[first + i] : 0;
-        s->kernels->rotate_columns(whole ? x + first : piece, width, out + first);
-    }
 }
 
 // A key or query of a q8 cache as it is multiplied: the first `cols` of x and the `rest` ones behind them rotated apart, and
@@ -2226,8 +2196,7 @@ static void attend_block(const struct Session *s, struct Worker *w, const struct
         float *scores = all_scores + at;
         if (visible) update_softmax(s, queries, i, scores, scales, visible);
         memset(scores + visible, 0, (padded(count) - visible) * sizeof *scores);
-        if (!scales) continue;
-        s->kernels->quantize_block(scores, cols, w->scores.quants + at, w->scores.scales + i, w->scores.sums + at / K_GROUP, w->scores.block_sums + i);
+        if (scales) quantize_blocks(s, &w->scores, at, scores, cols);
     }
     for (size_t c = 0; c < queries->value_cols; c += PANEL_ROWS)
         multiply_panel(s, w, dtype, values + value_head_bytes(dtype) + c / PANEL_ROWS * panel_bytes(dtype, CACHE_BLOCK), CACHE_BLOCK, cols,
@@ -2244,11 +2213,9 @@ static float *place_query(struct Activations *queries, size_t i, size_t key_cols
 static void quantize_query(const struct Session *s, const struct Activations *a, size_t i, size_t cols, size_t rest) {
     if (s->cache_dtype != DTYPE_Q8) return;
     float rotated[MAX_KEY_COLS];
-    size_t key_cols = key_columns(DTYPE_Q8, cols, rest), at = i * row_stride(key_cols);
+    size_t key_cols = key_columns(DTYPE_Q8, cols, rest);
     rotate_key(s, a->rows[i].values, cols, rest, rotated);
-    for (size_t first = 0; first < key_cols; first += K_BLOCK, at += K_BLOCK)
-        s->kernels->quantize_block(rotated + first, min_size(K_BLOCK, key_cols - first), a->quants + at, a->scales + at / K_BLOCK,
-                                   a->sums + at / K_GROUP, a->block_sums + at / K_BLOCK);
+    quantize_blocks(s, a, i * row_stride(key_cols), rotated, key_cols);
 }
 
 // ---- GQA, and MLA absorbed
@@ -2278,7 +2245,7 @@ static void store_latents(struct Session *s, int thread, size_t layer) {
         size_t t = item / parts, position = s->position + t;
         if (item % parts) {
             rms_norm(s, s->q_latent + t * q_lora, l->q_a_norm, q_lora, LATENT_NORM_EPS, row_values(&s->latent, t));
-            for (size_t block = 0; block < count_k_blocks(1, q_lora); block++) quantize_item(s, &s->latent, t, q_lora, block);
+            for (size_t k = count_k_blocks(t, q_lora); k < count_k_blocks(t + 1, q_lora); k++) quantize_item(s, &s->latent, q_lora, k);
             continue;
         }
         float *latent = s->kv_latent + t * (lora + rope);
@@ -2499,9 +2466,7 @@ static void prepare_factors(const struct Session *s, struct Worker *w, const str
         for (size_t k = 0; k < lora; k++) row[k] = column[k * stride];
         if (!q8) continue;
         rotate_padded(s, row, lora, rotated);
-        for (size_t first = 0; first < padded(lora); first += K_BLOCK, at += K_BLOCK)
-            s->kernels->quantize_block(rotated + first, min_size(K_BLOCK, padded(lora) - first), w->factors.quants + at,
-                                       w->factors.scales + at / K_BLOCK, w->factors.sums + at / K_GROUP, w->factors.block_sums + at / K_BLOCK);
+        quantize_blocks(s, &w->factors, at, rotated, padded(lora));
     }
 }
 
@@ -2509,7 +2474,7 @@ static void prepare_factors(const struct Session *s, struct Worker *w, const str
 static void read_key_column(const struct Session *s, const uint8_t *panel, size_t cols, size_t k, float *out) {
     if (s->cache_dtype == DTYPE_Q8) {
         size_t block = k / K_BLOCK * K_BLOCK, length = min_size(K_BLOCK, cols - block);
-        const uint8_t *at = panel + block / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+        const uint8_t *at = panel + panel_bytes(DTYPE_Q8, block);
         const int8_t *quants = (const int8_t *)at + block_head_bytes(DTYPE_Q8, length) + (k - block) / 4 * 4 * PANEL_ROWS + k % 4;
         for (size_t r = 0; r < PANEL_ROWS; r++) out[r] = ((const float *)(const void *)at)[r] * (float)quants[r * 4];
     } else if (s->cache_dtype == DTYPE_F16) {
@@ -2651,17 +2616,12 @@ static void select_experts(const struct ModelConfig *c, const float *bias, const
     }
 }
 
-static struct FeedForwardJob make_job(const struct Blobs *blobs, size_t index) {
-    return (struct FeedForwardJob){.gate = blob_matrix(blobs, GATE, index), .up = blob_matrix(blobs, UP, index), .down = blob_matrix(blobs, DOWN, index)};
-}
-
-// Gives a job of n tokens its places: in the lists of visits (from *visit on) and in s->middle (from *offset on).
-static void place_job(struct Session *s, struct FeedForwardJob *job, size_t n, size_t *visit, size_t *offset) {
-    job->n = n;
-    job->tokens = s->job_tokens + *visit;
-    job->weights = s->job_weights + *visit;
-    job->inputs = s->job_inputs + *visit;
-    job->middle = s->middle.rows + *visit;
+// Adds a job of n tokens, with its places in the lists of visits (from *visit on) and in s->middle (from *offset on).
+static void add_job(struct Session *s, const struct Blobs *blobs, size_t index, size_t n, size_t *visit, size_t *offset) {
+    struct FeedForwardJob *job = &s->jobs[s->job_count++];
+    *job = (struct FeedForwardJob){
+        .gate = blob_matrix(blobs, GATE, index), .up = blob_matrix(blobs, UP, index), .down = blob_matrix(blobs, DOWN, index), .n = n,
+        .tokens = s->job_tokens + *visit, .weights = s->job_weights + *visit, .inputs = s->job_inputs + *visit, .middle = s->middle.rows + *visit};
     if (s->n <= EXACT_TOKENS) {
         job->gate_results = s->gate_results + *offset;
         job->up_results = s->up_results + *offset;
@@ -2673,10 +2633,8 @@ static void place_job(struct Session *s, struct FeedForwardJob *job, size_t n, s
 
 // Adds a job that every token visits: a dense layer, or the shared experts.
 static void add_common_job(struct Session *s, const struct Blobs *blobs, size_t *visit, size_t *offset) {
-    struct FeedForwardJob *job = &s->jobs[s->job_count++];
     size_t first = *visit;
-    *job = make_job(blobs, 0);
-    place_job(s, job, s->n, visit, offset);
+    add_job(s, blobs, 0, s->n, visit, offset);
     for (size_t t = 0; t < s->n; t++) {
         s->job_tokens[first + t] = (uint32_t)t;
         s->job_weights[first + t] = 1;
@@ -2703,10 +2661,7 @@ static void plan_jobs(struct Session *s, size_t layer) {
         for (size_t e = 0; e < experts; e++) {
             size_t n = next[e];
             next[e] = visit;
-            if (!n) continue;
-            struct FeedForwardJob *job = &s->jobs[s->job_count++];
-            *job = make_job(&l->experts, e);
-            place_job(s, job, n, &visit, &offset);
+            if (n) add_job(s, &l->experts, e, n, &visit, &offset);
         }
         for (size_t i = 0; i < s->n * per_token; i++) {
             size_t place = next[ids[i]]++, token = i / per_token;
@@ -2882,7 +2837,7 @@ static void run_attention(struct Session *s, int thread, size_t layer) {
     else attend_cache(s, thread, layer);
     team_barrier(s->team);
     for (static_share(s->team, thread, count_k_blocks(s->n, attended), &item, &end); item < end; item++)
-        quantize_item(s, &s->attended, 0, attended, item);
+        quantize_item(s, &s->attended, attended, item);
     team_barrier(s->team);
     multiply(s, thread, &(struct Product){&l->o, s->attended.rows, s->x, c->hidden_size, NULL, true}, 1, s->n);
     team_barrier(s->team);
@@ -3136,7 +3091,7 @@ struct CommandKind {
     unsigned bit;                 // of the enum above
     const char *arguments;        // as the help shows them
     size_t least_arguments, most_arguments;
-    int (*function)(struct Command *command);
+    void (*function)(struct Command *command);
     bool computes;                // needs threads and kernels
     const char *summary;          // one line for `r1 --help`
     const char *details;          // lines for `r1 COMMAND --help`: more to know, and examples
@@ -3419,10 +3374,7 @@ static struct Model *open_model(const struct Command *command, const char *path,
     struct Model *model = model_open(path, error);
     if (!model) die("%s", error);
     if (command->copy && model->mapped) model = copy_model(command->team, model);
-    if (needs_weights && !model->has_weights) {
-        model_close(model);
-        die("%s: the file holds a tokenizer and no weights (it was made with --tokenizer-only)", path);
-    }
+    if (needs_weights && !model->has_weights) die("%s: the file holds a tokenizer and no weights (it was made with --tokenizer-only)", path);
     return model;
 }
 
@@ -3464,10 +3416,10 @@ static bool shows_progress(const struct Command *command) {
     return !command->quiet && isatty(STDERR_FILENO) && !(kind && strcmp(kind, "dumb") == 0);
 }
 
-// One line on a terminal that overwrites itself: how far the work is, and the time left; with a total of 0 only `what`.
-// `started` is a clock_seconds().
 static bool progress_shown;
 
+// One line on a terminal that overwrites itself: how far the work is, and the time left; with a total of 0 only `what`.
+// `started` is a clock_seconds().
 static void show_progress(const struct Command *command, const char *what, double done, double total, double started) {
     static double shown_at;
     double now = clock_seconds();
@@ -3927,8 +3879,8 @@ static uint64_t make_seed(void) {
     return XXH3_64bits(source, sizeof source) % 1000000000;
 }
 
-// Answers one question of text. Returns the program's status.
-static int run_generation(const struct Command *command, const struct Model *model, const char *text, size_t bytes) {
+// Answers one question of text.
+static void run_generation(const struct Command *command, const struct Model *model, const char *text, size_t bytes) {
     static const char *const reasons[] = {"the model stopped before it came to an answer", "--max-tokens is too small", "--context is too small",
                                           "it was interrupted"};
     struct Generation g = {.command = command, .model = model, .specials = tokenizer_specials(model->tokenizer)};
@@ -3958,14 +3910,13 @@ static int run_generation(const struct Command *command, const struct Model *mod
     free(g.prompt.ids);
     free(g.close.ids);
     free(g.next.ids);
-    return 0;
 }
 
 // ====================================================================================================================
 // Commands: run, tokenize, logits, inspect
 // ====================================================================================================================
 
-static int command_run(struct Command *command) {
+static void command_run(struct Command *command) {
     struct Model *model = open_model(command, command->arguments[0], true);
     need_tokenizer(model);
     const char *prompt = command->arguments[1];
@@ -3977,10 +3928,9 @@ static int command_run(struct Command *command) {
         if (bytes && input[bytes - 1] == '\n') bytes--;
     }
     if (!bytes) die("the question is empty");
-    int status = run_generation(command, model, prompt, bytes);
+    run_generation(command, model, prompt, bytes);
     free(input);
     model_close(model);
-    return status;
 }
 
 // ---- tokenize
@@ -4076,7 +4026,7 @@ static void tokenize_text(const struct Command *command, const char *place, cons
     free(tokens.ids);
 }
 
-static int command_tokenize(struct Command *command) {
+static void command_tokenize(struct Command *command) {
     if (command->decode_ids && (command->markup || command->chat || command->ids_only))
         wrong_usage(command, "--decode does not go with --markup, --chat or --ids-only");
     if (command->chat && command->markup) wrong_usage(command, "--chat does not go with --markup");
@@ -4100,7 +4050,6 @@ static int command_tokenize(struct Command *command) {
         free(line);
     }
     model_close(model);
-    return 0;
 }
 
 // ---- logits
@@ -4179,7 +4128,7 @@ static uint32_t trace_tokens(struct Trace *trace, const uint32_t *tokens, size_t
     }
     for (size_t t = 0; t < n; t++)
         for (size_t layer = 0; layer < c->num_hidden_layers; layer++)
-            if (is_routed(c, layer) && contains_count(&trace->command->experts, first + t)) write_experts(trace, layer, first + t, t);
+            if (session->model->layers[layer].routed && contains_count(&trace->command->experts, first + t)) write_experts(trace, layer, first + t, t);
     return trace->argmax[first + n - 1];
 }
 
@@ -4189,7 +4138,7 @@ static void print_ids(const char *what, const uint32_t *ids, size_t count) {
     putchar('\n');
 }
 
-static int command_logits(struct Command *command) {
+static void command_logits(struct Command *command) {
     bool positions = command->logits.count || command->logits.all, every = command->argmax || positions || command->experts.count;
     if (!command->ids) wrong_usage(command, "--ids FILE is missing");
     if (!command->greedy && !every) wrong_usage(command, "nothing to print: give --greedy, --argmax, --logits or --experts");
@@ -4230,7 +4179,6 @@ static int command_logits(struct Command *command) {
     free(trace.experts);
     free(sequence.ids);
     model_close(model);
-    return 0;
 }
 
 // ---- inspect
@@ -4387,7 +4335,7 @@ static void verify_tensors(const struct Command *command, const struct Model *mo
     end_progress(command);
 }
 
-static int command_inspect(struct Command *command) {
+static void command_inspect(struct Command *command) {
     const char *path = command->arguments[0];
     if (!path) note(command, "no model given: this is the demo");
     struct Model *model = open_model(command, path ? path : "demo", false);
@@ -4430,7 +4378,6 @@ static int command_inspect(struct Command *command) {
         flush_output();
     }
     model_close(model);
-    return 0;
 }
 
 // ====================================================================================================================
@@ -4484,14 +4431,14 @@ static void print_help(FILE *out) {
 }
 
 #ifndef TESTING
-static int start_command(void *argument) {
+static void start_command(void *argument) {
     struct Command *command = argument;
-    return command->kind->function(command);
+    command->kind->function(command);
 }
 
 static void prepare_machine(struct Command *command) {
     int cpus[MAX_THREADS];
-    if (command->threads == NOT_GIVEN) command->threads = (uint64_t)list_physical_cores(cpus, MAX_THREADS);
+    if (command->threads == NOT_GIVEN) command->threads = (uint64_t)list_physical_cores(cpus);
     long processors = sysconf(_SC_NPROCESSORS_ONLN);
     if (command->kind->computes && processors > 0 && command->threads > (uint64_t)processors)
         note(command, "%" PRIu64 " threads share %ld processors: fewer would be faster", command->threads, processors);
@@ -4539,16 +4486,15 @@ int main(int argc, char **argv) {
         return 2;
     }
     parse_command_line(&command, argc - 2, argv + 2);
-    int status = 0;
     if (command.help) {
         print_command_help(command.kind);
     } else {
         if (command.argument_count < command.kind->least_arguments) wrong_usage(&command, "MODEL is missing");
         prepare_machine(&command);
-        if (command.kind->computes) status = team_start(&team, (int)command.threads, start_command, &command);
-        else status = command.kind->function(&command);
+        if (command.kind->computes) team_start(&team, (int)command.threads, start_command, &command);
+        else start_command(&command);
     }
     flush_output();
-    return status;
+    return 0;
 }
 #endif

@@ -281,6 +281,12 @@ static inline int q6_value(const uint8_t *w, uint64_t r, uint64_t k) {
     return 16 * top + nibble - Q6_ZERO;
 }
 
+// The same of q4, without the sub-scale either; `sub` are the k-block's.
+static inline int q4_value(const uint8_t *sub, const uint8_t *w, uint64_t r, uint64_t k) {
+    uint8_t pair = w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4];
+    return Q4_TABLE[k % 8 < 4 ? pair & 15 : pair >> 4] + (sub[k / K_GROUP * PANEL_ROWS + r] & 1 ? Q4_SHIFT : 0);
+}
+
 // Bytes in front of the first k-block of a panel.
 static inline uint64_t panel_head_bytes(uint32_t dtype) { return dtype == DTYPE_Q4 ? PANEL_ROWS * 4 : 0; }
 

@@ -475,8 +475,7 @@ AVX2_PRODUCT(product_q6_avxvnni, product_q6_avx2_tile, WITH)
 AVX2 static void unpack_q8_avxvnni(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                    float *scales) {
     const __m256i flip = _mm256_set1_epi8((char)0x80);
-    const uint8_t *block =
-        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q8, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
@@ -503,8 +502,7 @@ AVX2_INLINE void unpack_q4_avx2_any(const uint8_t *panel, size_t cols, size_t fi
     const __m128i signed_table = _mm_loadu_si128((const __m128i *)(const void *)Q4_TABLE);
     const __m256i table = _mm256_broadcastsi128_si256(signed_table), nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi32(1);
     const float *row_scales = (const float *)(const void *)panel;          // [32]
-    const uint8_t *block = panel + panel_head_bytes(DTYPE_Q4) +
-                           first / K_BLOCK * (block_head_bytes(DTYPE_Q4, K_BLOCK) + value_bytes(DTYPE_Q4, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q4, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start), groups = length / K_GROUP;
         const uint8_t *w = block + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
@@ -559,8 +557,7 @@ AVX2 static void unpack_q4_avxvnni(const uint8_t *panel, size_t cols, size_t fir
 AVX2_INLINE void unpack_q6_avx2_any(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                     float *scales, const bool vnni) {
     const __m256i offset = _mm256_set1_epi8((char)(vnni ? 128 - Q6_ZERO : 0));
-    const uint8_t *block =
-        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q6, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);

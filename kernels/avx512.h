@@ -372,8 +372,7 @@ AVX512_PRODUCT(product_q6_avx512)
 AVX512 static void unpack_q8_avx512(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                     float *scales) {
     const __m512i flip = _mm512_set1_epi8((char)0x80);
-    const uint8_t *block =
-        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q8, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
@@ -404,8 +403,7 @@ AVX512 static void unpack_q4_avx512(const uint8_t *panel, size_t cols, size_t fi
     const __m256i both = _mm256_setr_m128i(plain, _mm_add_epi8(plain, _mm_set1_epi8(Q4_SHIFT)));
     const __m512i table = _mm512_broadcast_i64x4(both), nibbles = _mm512_set1_epi8(15);
     const float *row_scales = (const float *)(const void *)panel;          // [32]
-    const uint8_t *block = panel + panel_head_bytes(DTYPE_Q4) +
-                           first / K_BLOCK * (block_head_bytes(DTYPE_Q4, K_BLOCK) + value_bytes(DTYPE_Q4, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q4, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start), groups = length / K_GROUP;
         const uint8_t *w = block + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
@@ -451,8 +449,7 @@ AVX512 static void unpack_q4_avx512(const uint8_t *panel, size_t cols, size_t fi
 AVX512 static void unpack_q6_avx512(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes,
                                     float *scales) {
     const __m512i offset = _mm512_set1_epi8(128 - Q6_ZERO);
-    const uint8_t *block =
-        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q6, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);

@@ -369,8 +369,7 @@ INLINE void store_columns_neon(uint8_t *eight, size_t row, int8x16_t low, int8x1
 }
 
 static void unpack_q8_neon(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
-    const uint8_t *block =
-        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q8, K_BLOCK) + value_bytes(DTYPE_Q8, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q8, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
@@ -387,8 +386,7 @@ static void unpack_q8_neon(const uint8_t *panel, size_t cols, size_t first, size
 }
 
 static void unpack_q6_neon(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
-    const uint8_t *block =
-        panel + first / K_BLOCK * (block_head_bytes(DTYPE_Q6, K_BLOCK) + value_bytes(DTYPE_Q6, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q6, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start);
         memcpy(scales, block, PANEL_ROWS * sizeof *scales);
@@ -417,8 +415,7 @@ INLINE int8x16_t scale_q4_neon(int8x16_t values, int16x8x2_t ratios) {
 static void unpack_q4_neon(const uint8_t *panel, size_t cols, size_t first, size_t depth, uint8_t *bytes, float *scales) {
     const int8x16_t table = vld1q_s8(Q4_TABLE);
     const float *row_scales = (const float *)(const void *)panel;          // [32]
-    const uint8_t *block = panel + panel_head_bytes(DTYPE_Q4) +
-                           first / K_BLOCK * (block_head_bytes(DTYPE_Q4, K_BLOCK) + value_bytes(DTYPE_Q4, K_BLOCK));
+    const uint8_t *block = panel + panel_bytes(DTYPE_Q4, first);
     for (size_t start = first; start < first + depth; start += K_BLOCK) {
         size_t length = min_size(K_BLOCK, cols - start), groups = length / K_GROUP;
         const uint8_t *w = block + block_head_bytes(DTYPE_Q4, length);     // [length/8][32][4]
