@@ -159,14 +159,15 @@ static uint64_t available_in_group(const char *root) {
     return available;
 }
 
-#define BLAS_THREAD_BYTES (128ull << 20)   // addresses that OpenBLAS takes for each thread at its first product; without them it asks for ever
+// Addresses that OpenBLAS takes for each thread at its first product; where there are none it asks for ever.
+#define BLAS_THREAD_BYTES (128ull << 20)
 
 // Bytes of memory that a new program can still take without pushing others out; 0 if the system does not say.
 static uint64_t available_memory(void) {
     uint64_t bytes = read_system_number("/proc", "meminfo", "MemAvailable:", 0) << 10;
     uint64_t in_group = available_in_group("");
     if (in_group < bytes) bytes = in_group ? in_group : 1;   // 0 would be taken for unknown
-    struct rlimit limit;          // `ulimit -v`: of addresses, some of which are taken, or will be by OpenBLAS
+    struct rlimit limit;          // `ulimit -v`: of addresses, some of which are taken already, or will be by OpenBLAS
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
         uint64_t taken = read_system_number("/proc/self", "statm", "", 0) * (uint64_t)sysconf(_SC_PAGESIZE) +
                          BLAS_THREAD_BYTES * (uint64_t)omp_get_max_threads();
@@ -199,7 +200,7 @@ struct Team {
     _Alignas(64) atomic_uint job_number;   // counts up with every job posted
     _Alignas(64) atomic_uint arrived;      // threads at the barrier
     _Alignas(64) atomic_uint epoch;        // barriers passed
-    _Alignas(64) atomic_int blas_callers;
+    _Alignas(64) atomic_int blas_callers;  // threads inside OpenBLAS
     struct { _Alignas(64) atomic_uint_least64_t next; } shares[MAX_THREADS];   // of each thread: see share_items()
 };
 
@@ -1826,9 +1827,10 @@ static void multiply_tile(const struct Session *s, struct Worker *worker, const 
         }
         for (size_t p = 0; p < panels; p++) expand_panel(m, first_panel + p, first, depth, worker->gemm_weights + p * PANEL_ROWS, width);
         for (size_t t = 0; t < n; t++) memcpy(worker->gemm_inputs + t * depth, x[t].values + first, depth * sizeof(float));
-        while (atomic_fetch_add(&s->team->blas_callers, 1) >= MAX_BLAS_CALLERS) {
-            atomic_fetch_sub(&s->team->blas_callers, 1);
+        int callers = atomic_load(&s->team->blas_callers);
+        while (callers >= MAX_BLAS_CALLERS || !atomic_compare_exchange_weak(&s->team->blas_callers, &callers, callers + 1)) {
             sched_yield();
+            callers = atomic_load(&s->team->blas_callers);
         }
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)width, (int)depth, 1, worker->gemm_inputs, (int)depth,
                     worker->gemm_weights, (int)width, first ? 1 : 0, worker->gemm_tile, (int)width);

@@ -1739,7 +1739,7 @@ static int parse_options(int argc, char **argv, Options *options) {
         case 'h': fputs(usage, stdout); return 1;
         case ':': return complain("%s needs a value", argv[optind - 1]);
         default:
-            // An unknown letter may stand among others, as in -qx; a long name's own value of the switch is here only if it was given one.
+            // An unknown letter may stand among others, as in -qx. Else optopt is a known option that was given a value, or 0.
             if (optopt && !strchr("tqh", optopt) && optopt < 0x80) return complain("there is no option -%c", optopt);
             return complain(optopt ? "%s: this option takes no value" : "there is no option %s", argv[optind - 1]);
         }
