@@ -768,7 +768,8 @@ static FILE *open_base(const char *path, const struct BaseHeader *expected) {
     return file;
 }
 
-static char partial_base[4096];   // a base that is not whole yet, beside its final name; "": none
+// A base is written beside its final name, which it gets when it is whole; an error leaves nothing.
+static char partial_base[4096];   // "": none
 
 static void remove_partial_base(void) {
     if (*partial_base) unlink(partial_base);
@@ -787,9 +788,6 @@ static void finish_base(FILE *file, const char *path) {
     if (fclose(file) != 0 || rename(partial_base, path) != 0) die("%s: cannot be written: %s", path, strerror(errno));
     *partial_base = 0;
 }
-
-// A number for a JSON object, which knows no infinity: e to the 710 is one.
-static json_t *json_number_or_null(double number) { return isfinite(number) ? json_real(number) : json_null(); }
 
 // ---- scoring
 
@@ -946,6 +944,9 @@ static void report_text(const struct Evaluation *e, const struct Summary *s) {
     printf("same most likely token: %.2f %% of the positions\n", 100 * s[SCORE_SAME_TOP].mean);
     printf("ln(perplexity / base perplexity): %.6f +- %.6f\n", s[SCORE_LN_RATIO].mean, s[SCORE_LN_RATIO].error);
 }
+
+// For a JSON object, which knows no infinity; e to the 710 is one.
+static json_t *json_number_or_null(double number) { return isfinite(number) ? json_real(number) : json_null(); }
 
 static void report_json(const struct Evaluation *e, const struct Summary *s, const struct Model *model) {
     double perplexity = exp(s[SCORE_NLL].mean);

@@ -619,47 +619,39 @@ static void model_close(struct Model *model) {
     free(model);
 }
 
-// Makes a model of a whole file in memory (page-aligned); NULL with a sentence in error if it is not a sound one. bytes
-// must outlive the model.
-static struct Model *model_from_memory(const uint8_t *bytes, size_t size, const char *name, char *error) {
-    struct FilePreamble preamble;
-    if (size < sizeof preamble || memcmp(bytes, FORMAT_MAGIC, sizeof preamble.magic) != 0) {
-        bool is_gguf = size >= 4 && memcmp(bytes, "GGUF", 4) == 0;
-        fail(error, is_gguf ? "%s: a GGUF file; r1 reads .r1 files, which r1-convert makes from the original Hugging Face checkpoint"
-                            : "%s: not an .r1 file", name);
-        return NULL;
-    }
-    memcpy(&preamble, bytes, sizeof preamble);
-    if (preamble.version != FORMAT_VERSION || preamble.config_bytes != sizeof(struct ModelConfig)) {
-        fail(error, "%s: an .r1 file of version %u, this program reads version %u; convert the model again", name, preamble.version, FORMAT_VERSION);
-        return NULL;
-    }
-    if (preamble.file_bytes != size) {
-        fail(error, "%s: %zu bytes, expected %" PRIu64 ": the file is cut short or has grown", name, size, preamble.file_bytes);
-        return NULL;
-    }
-    uint64_t config_end = sizeof preamble + sizeof(struct ModelConfig);
-    uint64_t table_bytes = (uint64_t)preamble.tensor_count * sizeof(struct TensorEntry);
-    if (config_end > size || preamble.tokenizer_offset < config_end || preamble.tokenizer_offset > size ||
-        preamble.tokenizer_bytes > size - preamble.tokenizer_offset ||
-        preamble.table_offset < preamble.tokenizer_offset + preamble.tokenizer_bytes || preamble.table_offset > size ||
-        preamble.table_offset % 8 || table_bytes > size - preamble.table_offset) {
-        fail(error, "%s: damaged: its sections do not lie inside the file", name);
-        return NULL;
-    }
-    uint64_t table_end = preamble.table_offset + table_bytes;
+// Reads a file's preamble and checks it against the file's size, and the metadata against its checksum; false with a sentence in error.
+static bool read_preamble(const uint8_t *bytes, size_t size, const char *name, struct FilePreamble *preamble, char *error) {
+    if (size >= 4 && memcmp(bytes, "GGUF", 4) == 0)
+        return fail(error, "%s: a GGUF file; r1 reads .r1 files, which r1-convert makes from the original Hugging Face checkpoint", name);
+    if (size < sizeof *preamble || memcmp(bytes, FORMAT_MAGIC, sizeof preamble->magic) != 0) return fail(error, "%s: not an .r1 file", name);
+    memcpy(preamble, bytes, sizeof *preamble);
+    if (preamble->version != FORMAT_VERSION || preamble->config_bytes != sizeof(struct ModelConfig))
+        return fail(error, "%s: an .r1 file of version %u, this program reads version %u; convert the model again", name, preamble->version,
+                    FORMAT_VERSION);
+    if (preamble->file_bytes != size)
+        return fail(error, "%s: %zu bytes, expected %" PRIu64 ": the file is cut short or has grown", name, size, preamble->file_bytes);
+    uint64_t config_end = sizeof *preamble + sizeof(struct ModelConfig);
+    uint64_t table_bytes = (uint64_t)preamble->tensor_count * sizeof(struct TensorEntry);
+    if (config_end > size || preamble->tokenizer_offset < config_end || preamble->tokenizer_offset > size ||
+        preamble->tokenizer_bytes > size - preamble->tokenizer_offset ||
+        preamble->table_offset < preamble->tokenizer_offset + preamble->tokenizer_bytes || preamble->table_offset > size ||
+        preamble->table_offset % 8 || table_bytes > size - preamble->table_offset)
+        return fail(error, "%s: damaged: its sections do not lie inside the file", name);
     XXH3_state_t *state = XXH3_createState();
     if (!state) die("out of memory");
     XXH3_64bits_reset(state);
     XXH3_64bits_update(state, bytes, offsetof(struct FilePreamble, metadata_hash));
-    XXH3_64bits_update(state, bytes + sizeof preamble, table_end - sizeof preamble);
+    XXH3_64bits_update(state, bytes + sizeof *preamble, preamble->table_offset + table_bytes - sizeof *preamble);
     uint64_t hash = XXH3_64bits_digest(state);
     XXH3_freeState(state);
-    if (hash != preamble.metadata_hash) {
-        fail(error, "%s: damaged: the checksum of its metadata is wrong", name);
-        return NULL;
-    }
+    return hash == preamble->metadata_hash || fail(error, "%s: damaged: the checksum of its metadata is wrong", name);
+}
 
+// Makes a model of a whole file in memory (page-aligned); NULL with a sentence in error if it is not a sound one. bytes
+// must outlive the model.
+static struct Model *model_from_memory(const uint8_t *bytes, size_t size, const char *name, char *error) {
+    struct FilePreamble preamble;
+    if (!read_preamble(bytes, size, name, &preamble, error)) return NULL;
     struct Model *model = allocate(sizeof *model);
     snprintf(model->name, sizeof model->name, "%s", name);
     model->bytes = bytes;
@@ -670,6 +662,7 @@ static struct Model *model_from_memory(const uint8_t *bytes, size_t size, const 
     model->has_weights = preamble.tensor_count > 0;
     char reason[ERROR_BYTES] = "";
     bool fine = true;
+    uint64_t table_end = preamble.table_offset + model->entry_count * sizeof *model->entries;
     for (size_t i = 0; fine && i < model->entry_count; i++) fine = check_entry(&model->entries[i], table_end, size, reason);
     fine = fine && (!model->has_weights || (check_config(&model->config, reason) && bind_model(model, reason)));
     if (fine) {
@@ -3003,7 +2996,7 @@ static int compare_candidates(const void *a, const void *b) {
     return x->token < y->token ? -1 : 1;
 }
 
-// Where one is drawn and a logit is no number: a token whose logit is not finite, so that the damage can be told.
+// Draws a token. At a temperature above 0, if any logit is not a number, it is a token whose logit is not finite, for the caller to report.
 static uint32_t sample_token(struct Sampler *sampler, const float *logits) {
     uint32_t best = find_largest(logits, sampler->vocab);
     if (sampler->temperature <= 0) return best;
@@ -3989,7 +3982,8 @@ static void encode_chat_json(const char *place, const struct Model *model, const
     ChatMessage *messages = allocate(count * sizeof *messages);
     for (size_t i = 0; i < count; i++) {
         const json_t *entry = json_array_get(array, i), *role = json_object_get(entry, "role"), *content = json_object_get(entry, "content");
-        if (!json_is_string(role) || !json_is_string(content) || json_string_length(role) != strlen(json_string_value(role))) die("%s: message %zu has no \"role\" and \"content\" of text", place, i + 1);
+        if (!json_is_string(role) || strlen(json_string_value(role)) != json_string_length(role) || !json_is_string(content))
+            die("%s: message %zu has no \"role\" and \"content\" of text", place, i + 1);
         messages[i] = (ChatMessage){json_string_value(role), json_string_value(content), json_string_length(content)};
     }
     char error[ERROR_BYTES];

@@ -281,7 +281,7 @@ static inline int q6_value(const uint8_t *w, uint64_t r, uint64_t k) {
     return 16 * top + nibble - Q6_ZERO;
 }
 
-// The same of q4, without the sub-scale either; `sub` are the k-block's.
+// The same of q4, without its row's scale and its group's sub-scale. sub: those of the k-block, whose low bits say which values shift.
 static inline int q4_value(const uint8_t *sub, const uint8_t *w, uint64_t r, uint64_t k) {
     uint8_t pair = w[k / 8 * 4 * PANEL_ROWS + r * 4 + k % 4];
     return Q4_TABLE[k % 8 < 4 ? pair & 15 : pair >> 4] + (sub[k / K_GROUP * PANEL_ROWS + r] & 1 ? Q4_SHIFT : 0);
